@@ -1,0 +1,44 @@
+"""deepseek-r1: take a PyTorch module all the way - train, compress, make static, ship, check.
+
+    import deepseek_r1 as dr1
+
+Importing this package imports neither torch nor anything else heavy: names are resolved when first used.
+Every `torch.nn` layer and `torch.optim` optimizer is reachable too (`dr1.Linear`, `dr1.SGD`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .core.names import PUBLIC, ROOMS, TORCH_NN, TORCH_OPTIM, lazy_getattr
+
+if TYPE_CHECKING:
+    from torch.nn import *  # noqa: F403
+    from torch.optim import *  # noqa: F403
+
+    from .core import Artifact as Artifact
+    from .core import Budget as Budget
+    from .core import DeepSeekError as DeepSeekError
+    from .core import Report as Report
+    from .data import DSDataLoader as DSDataLoader
+    from .engines import Executable as Executable
+    from .engines import optimize as optimize
+    from .graph import Program as Program
+    from .graph import capture as capture
+    from .module import DSModule as DSModule
+    from .module import load_model as load_model
+    from .nn import Sequential as Sequential
+    from .quantization import AutoQuantizer as AutoQuantizer
+    from .quantization import quantize as quantize
+    from .runtime import load as load_artifact
+    from .train import Trainer as Trainer
+    from .train import TrainingConfig as TrainingConfig
+    from .train import seed_everything as seed_everything
+
+__version__ = "0.1.0"
+
+__getattr__ = lazy_getattr(__name__, PUBLIC, ROOMS)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC, *ROOMS, *TORCH_NN, *TORCH_OPTIM})

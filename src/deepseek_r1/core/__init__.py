@@ -1,0 +1,58 @@
+"""The words everyone shares. Never imports torch.
+
+`Budget`, `Report`, number formats, the `Artifact` format and its reader, errors, the hardware probe, the plug-in
+`Registry`, names.
+"""
+
+from __future__ import annotations
+
+from .artifact import Artifact, Manifest, TensorSpec, open_artifact, write_artifact
+from .budget import Budget
+from .errors import (
+    ArtifactError,
+    CaptureError,
+    CheckFailedError,
+    ConfigError,
+    DeepSeekError,
+    InputError,
+    MissingExtraError,
+    NonFiniteLossError,
+    PluginError,
+    UnsafeFileError,
+    UnsupportedOpError,
+)
+from .formats import INT8_ACTIVATION, INT8_WEIGHT, PRECISIONS, IntFormat
+from .hardware import Hardware, probe
+from .plugins import Registry
+from .report import Check, Plot, Report, Row
+
+__all__ = [
+    "INT8_ACTIVATION",
+    "INT8_WEIGHT",
+    "PRECISIONS",
+    "Artifact",
+    "ArtifactError",
+    "Budget",
+    "CaptureError",
+    "Check",
+    "CheckFailedError",
+    "ConfigError",
+    "DeepSeekError",
+    "Hardware",
+    "InputError",
+    "IntFormat",
+    "Manifest",
+    "MissingExtraError",
+    "NonFiniteLossError",
+    "Plot",
+    "PluginError",
+    "Registry",
+    "Report",
+    "Row",
+    "TensorSpec",
+    "UnsafeFileError",
+    "UnsupportedOpError",
+    "open_artifact",
+    "probe",
+    "write_artifact",
+]

@@ -1,0 +1,10 @@
+"""Data: loaders, splits and readers of the forms in which users have it. Knows nothing about models."""
+
+from __future__ import annotations
+
+from ._digits import digits
+from ._load import load_data
+from ._loader import DSDataLoader
+from ._splits import DataSplits, split
+
+__all__ = ["DSDataLoader", "DataSplits", "digits", "load_data", "split"]

@@ -1,0 +1,11 @@
+"""`Program`: a module captured as a static graph, its rewrites and its file. Knows no engine."""
+
+from __future__ import annotations
+
+from ._capture import capture
+from ._foreign import load_pt2
+from ._passes import PASSES, fold_batch_norm, simplify
+from .editing import rewrite
+from .program import Program, float64_module
+
+__all__ = ["PASSES", "Program", "capture", "float64_module", "fold_batch_norm", "load_pt2", "rewrite", "simplify"]

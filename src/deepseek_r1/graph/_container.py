@@ -1,0 +1,164 @@
+"""The file of a Program (`.dr1`): a zip archive with torch's JSON graph and safetensors. Nothing in it is pickled.
+
+program.json          kind, schema version, name, precision, the nest of the example inputs, aliases
+graph.json            the graph
+weights.safetensors   parameters, buffers, constants
+examples.safetensors  tensors of the example inputs
+parent.dr1            the float parent of a quantised program, if any
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+
+from ..core import ArtifactError, InputError, Report, atomic
+from . import _checks, _compat
+from .program import Program
+
+SCHEMA_VERSION = 1
+KIND = "deepseek-r1 program"
+_MEMBERS = {"program.json", "graph.json", "weights.safetensors", "examples.safetensors", "parent.dr1"}
+
+
+def save(program: Program, path: str | os.PathLike[str]) -> Path:
+    """Write `program` to `path`."""
+    atomic.write_bytes(path, to_bytes(program))
+    return Path(path)
+
+
+def to_bytes(program: Program) -> bytes:
+    """The file's content."""
+    exported = program.exported
+    store = {f"state:{k}": v for k, v in exported.state_dict.items()}
+    for name, value in exported.constants.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"the program holds {name!r}, a {type(value).__name__}; only tensors can be saved.")
+        store[f"constant:{name}"] = value
+    tensors, aliases = _without_aliases(store)
+    leaves, tree = pytree.tree_flatten(program.example_inputs)
+    example_tensors = {
+        str(i): v.detach().cpu().contiguous() for i, v in enumerate(leaves) if isinstance(v, torch.Tensor)
+    }
+    plain = [None if isinstance(v, torch.Tensor) else v for v in leaves]
+    about = {
+        "kind": KIND,
+        "schema_version": SCHEMA_VERSION,
+        "torch": torch.__version__,
+        "name": program.name,
+        "precision": program.precision,
+        "tree": pytree.treespec_dumps(tree),
+        "tensor_leaves": sorted(map(int, example_tensors)),
+        "plain_leaves": plain,
+        "aliases": aliases,
+        "parameters": {k: v.requires_grad for k, v in exported.state_dict.items() if isinstance(v, torch.nn.Parameter)},
+        "report": program.report.to_dict(),
+    }
+    try:
+        about_bytes = json.dumps(about).encode()
+    except TypeError as e:
+        raise InputError(
+            f"an example input of {program.name!r} cannot be saved (tensors, numbers, text only): {e}"
+        ) from e
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("program.json", about_bytes)
+        archive.writestr("graph.json", _compat.graph_to_json(exported))
+        archive.writestr("weights.safetensors", tensors_to_bytes(tensors))
+        archive.writestr("examples.safetensors", tensors_to_bytes(example_tensors))
+        if program.parent is not None:
+            archive.writestr("parent.dr1", to_bytes(program.parent))
+    return out.getvalue()
+
+
+def _without_aliases(store: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in store.items():
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), str(tensor.device))
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        # A clone, because two different views of one storage may not go into a safetensors file.
+        tensors[name] = tensor.detach().cpu().contiguous().clone()
+    return tensors, aliases
+
+
+def load(path: str | os.PathLike[str]) -> Program:
+    """Read a program from a file."""
+    file = Path(path)
+    if not file.is_file():
+        raise ArtifactError(f"{file} does not exist or is no file; give a .dr1 file that Program.save wrote.")
+    return from_bytes(file.read_bytes(), str(file))
+
+
+def from_bytes(data: bytes, where: str) -> Program:
+    """Read a program from a file's content; `where` names it in messages."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = set(archive.namelist())
+            if not {"program.json", "graph.json", "weights.safetensors", "examples.safetensors"} <= names <= _MEMBERS:
+                raise ArtifactError(f"{where} is no Program file: it holds {sorted(names)}.")
+            parts = {name: archive.read(name) for name in names}  # checks each member's CRC
+    except (zipfile.BadZipFile, EOFError) as e:
+        raise ArtifactError(f"{where} is truncated or damaged: {e}. Save the program again.") from e
+    about = _about(parts["program.json"], where)
+    graph = _checks.checked_graph(parts["graph.json"], where)
+    _checks.check_tree(about["tree"], where)
+    try:
+        stored = tensors_from_bytes(parts["weights.safetensors"])
+        examples = tensors_from_bytes(parts["examples.safetensors"])
+        stored |= {alias: stored[original] for alias, original in about["aliases"].items()}
+        leaves = [examples[str(i)] if i in about["tensor_leaves"] else v for i, v in enumerate(about["plain_leaves"])]
+        example_inputs = pytree.tree_unflatten(leaves, pytree.treespec_loads(about["tree"]))
+        # One Parameter object for all names of a tied weight keeps them tied.
+        made: dict[int, torch.nn.Parameter] = {}
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in stored.items():
+            kind, _, plain = name.partition(":")
+            if kind == "state" and plain in about["parameters"]:
+                grad = bool(about["parameters"][plain])
+                state[plain] = made.setdefault(id(tensor), torch.nn.Parameter(tensor, requires_grad=grad))
+            elif kind == "state":
+                state[plain] = tensor
+        constants = {name.partition(":")[2]: t for name, t in stored.items() if name.startswith("constant:")}
+        exported = _compat.graph_from_json(graph, state, constants, tuple(example_inputs))
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as e:
+        raise ArtifactError(
+            f"{where} is damaged or of another torch ({about['torch']}): {type(e).__name__}: {e}"
+        ) from e
+    return Program(
+        exported=exported,
+        example_inputs=(tuple(example_inputs[0]), dict(example_inputs[1])),
+        name=about["name"],
+        precision=about["precision"],
+        parent=from_bytes(parts["parent.dr1"], f"{where}:parent.dr1") if "parent.dr1" in parts else None,
+        report=Report.from_dict(about["report"]),
+    )
+
+
+def _about(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        about = json.loads(data)
+    except ValueError as e:
+        raise ArtifactError(f"{where}: program.json is damaged: {e}") from e
+    if not isinstance(about, dict) or about.get("kind") != KIND:
+        raise ArtifactError(f"{where} is not a {KIND}.")
+    version = about.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{where} has schema version {version!r}; this release reads up to {SCHEMA_VERSION}. Update deepseek-r1."
+        )
+    return about

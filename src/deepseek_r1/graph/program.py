@@ -1,0 +1,184 @@
+"""`Program`: one captured static graph, with what is needed to run, rewrite, save and compare it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from ..core import InputError, Report
+from ._quiet import quiet_torch
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """A captured static graph.
+
+    It shares its weights with the module it was captured from: training that module further changes the program's
+    answers too. A Program is a value: rewriting one gives a new one.
+
+    Attributes:
+        exported: the graph as torch.export made it.
+        example_inputs: positional and keyword inputs it was captured with.
+        precision: a name from `core.formats.PRECISIONS`.
+        parent: the float Program a quantised one came from.
+        report: what the last stage did.
+
+    Example:
+        >>> import torch
+        >>> from deepseek_r1.graph import capture
+        >>> program = capture(torch.nn.Linear(4, 2), torch.randn(3, 4))
+        >>> program(torch.randn(7, 4)).shape
+        torch.Size([7, 2])
+    """
+
+    exported: ExportedProgram
+    example_inputs: tuple[Args, Kwargs]
+    name: str = "model"
+    precision: str = "fp32"
+    parent: Program | None = None
+    report: Report = field(default_factory=lambda: Report("program"))
+
+    @cached_property
+    def _module(self) -> GraphModule:
+        module: GraphModule = self.exported.module(check_guards=False)  # type: ignore[assignment]
+        return module
+
+    def module(self) -> GraphModule:
+        """The graph as a module, sharing this program's weights."""
+        return self._module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph as the module it came from.
+
+        Raises:
+            InputError: the inputs do not fit the captured graph; the message gives both.
+        """
+        try:
+            return self._module(*args, **kwargs)
+        except Exception as e:
+            # Only a misfit of the inputs is the caller's; everything else is passed on as it is.
+            if misfit := self.misfit(args, kwargs):
+                raise InputError(misfit) from e
+            raise
+
+    def misfit(self, args: Args, kwargs: Kwargs) -> str | None:
+        """Why these inputs do not fit, or None if they do."""
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        expected, expected_tree = pytree.tree_flatten(self.example_inputs)
+        if tree != expected_tree:
+            return f"the program {self.name!r} was captured with inputs {expected_tree}; given {tree}."
+        for number, (given, spec) in enumerate(zip(leaves, self.input_shapes())):
+            if not isinstance(expected[number], torch.Tensor):
+                continue
+            if not isinstance(given, torch.Tensor):
+                return f"input {number} of {self.name!r} must be a tensor, given {type(given).__name__}."
+            if given.dtype != expected[number].dtype:
+                return f"input {number} of {self.name!r} has dtype {expected[number].dtype}; given {given.dtype}."
+            fits = len(given.shape) == len(spec) and all(
+                isinstance(s, str) or s == n for s, n in zip(spec, given.shape)
+            )
+            if not fits:
+                return f"input {number} of {self.name!r} has shape {spec}; given {tuple(given.shape)}."
+        return None
+
+    def _user_inputs(self) -> list[Any]:
+        names = set(self.exported.graph_signature.user_inputs)
+        nodes = [n for n in self.exported.graph.nodes if n.op == "placeholder" and n.name in names]
+        return [n.meta.get("val") for n in nodes]
+
+    def input_shapes(self) -> list[tuple[int | str, ...]]:
+        """Shape of each flat input; a dynamic dimension is its symbol's name. Non-tensors give ()."""
+        shapes: list[tuple[int | str, ...]] = []
+        for value in self._user_inputs():
+            dims = value.shape if isinstance(value, torch.Tensor) else ()
+            shapes.append(tuple(int(str(d)) if str(d).isdigit() else str(d) for d in dims))
+        return shapes
+
+    def input_names(self) -> list[str]:
+        """Names of the flat inputs, as the graph gives them."""
+        return [str(n) for n in self.exported.graph_signature.user_inputs]
+
+    def dynamic_shapes(self) -> Any:
+        """The `dynamic_shapes` argument with which torch.export captures this graph again."""
+        leaves, tree = pytree.tree_flatten(self.example_inputs)
+        specs = [
+            {axis: torch.export.Dim.AUTO for axis, size in enumerate(shape) if isinstance(size, str)}
+            if isinstance(leaf, torch.Tensor)
+            else None
+            for leaf, shape in zip(leaves, self.input_shapes())
+        ]
+        args, kwargs = pytree.tree_unflatten(specs, tree)
+        if not kwargs:
+            return args
+        # torch.export wants one mapping by argument name as soon as keywords are in play.
+        return {**dict(zip(inspect.signature(self._module.forward).parameters, args)), **kwargs}
+
+    @property
+    def parameters_bytes(self) -> int:
+        """Bytes of all parameters and buffers, shared storage counted once."""
+        seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.exported.state_dict.values()}
+        return sum(seen.values())
+
+    def content_hash(self) -> str:
+        """SHA-256 over graph, weights and constants, computed from what they are now."""
+        from ._compat import graph_to_json
+
+        digest = hashlib.sha256(graph_to_json(self.exported))
+        for store in (self.exported.state_dict, self.exported.constants):
+            for name, tensor in sorted(store.items()):
+                if isinstance(tensor, torch.Tensor):
+                    plain = tensor.detach().cpu().contiguous().reshape(-1)
+                    digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+                    digest.update(plain.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the program (and its float parent) to one file, whole or not at all."""
+        from ._container import save
+
+        return save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Program:
+        """Read a program written by `save`. Raises ArtifactError or UnsafeFileError; runs no code from the file."""
+        from ._container import load
+
+        return load(path)
+
+
+def float64_module(program: Program) -> GraphModule:
+    """A deep copy of the graph that computes in float64: the reference that float32 answers are judged by.
+
+    The user's own parameters are left alone. Casts to float32 inside the graph become casts to float64.
+    """
+    with quiet_torch():
+        module: GraphModule = copy.deepcopy(program.exported.module(check_guards=False))  # type: ignore[assignment]
+    module.double()
+    for part in module.modules():
+        if not isinstance(part, GraphModule):
+            continue
+        for node in part.graph.nodes:
+            swap = lambda v: torch.float64 if v is torch.float32 else v  # noqa: E731
+            node.args = pytree.tree_map(swap, node.args)
+            node.kwargs = pytree.tree_map(swap, node.kwargs)
+        part.recompile()
+    return module
+
+
+def to_float64(values: Any) -> Any:
+    """The same nest of values with floating-point tensors in float64."""
+    return pytree.tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, values)

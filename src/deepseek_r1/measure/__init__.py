@@ -1,0 +1,9 @@
+"""Measuring callables: paired latency, peak memory of a process, parity of arrays. Knows no stage and no model."""
+
+from __future__ import annotations
+
+from ._latency import Latency, paired_latency, ratio_interval
+from ._memory import peak_memory_of
+from ._parity import Parity, compare
+
+__all__ = ["Latency", "Parity", "compare", "paired_latency", "peak_memory_of", "ratio_interval"]

@@ -1,0 +1,97 @@
+"""Latency of rivals, measured in turns, so that what disturbs one disturbs all.
+
+Each round runs every rival once, in an order that rotates; ratios are then taken within rounds. A rival that is run
+twice under two names ("A against A") shows how much of a difference is noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Seconds per call of one rival, one value for each round."""
+
+    name: str
+    seconds: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """Median, in milliseconds."""
+        return float(np.median(self.seconds)) * 1e3
+
+    def percentile_ms(self, q: float) -> float:
+        """The q-th percentile, in milliseconds."""
+        return float(np.percentile(self.seconds, q)) * 1e3
+
+
+def paired_latency(
+    rivals: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 50,
+    warmup: int = 3,
+    min_round_s: float = 2e-4,
+    max_seconds: float | None = None,
+) -> dict[str, Latency]:
+    """Time the rivals in turns.
+
+    Args:
+        rivals: name -> function without arguments. On a GPU it must wait for its result itself.
+        rounds: how often each is timed.
+        warmup: untimed calls of each before.
+        min_round_s: a faster function is called several times a round, so that the clock is fine enough.
+        max_seconds: stop after this time, though never before five rounds.
+
+    Example:
+        >>> times = paired_latency({"a": lambda: sum(range(50)), "b": lambda: sum(range(5000))}, rounds=9)
+        >>> times["a"].median_ms < times["b"].median_ms
+        True
+    """
+    repeats = {}
+    for name, function in rivals.items():
+        for _ in range(max(1, warmup)):
+            function()
+        start = time.perf_counter()
+        function()
+        once = max(time.perf_counter() - start, 1e-7)
+        repeats[name] = max(1, min(1000, int(min_round_s / once)))
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    names = list(rivals)
+    begin = time.perf_counter()
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            function, n = rivals[name], repeats[name]
+            start = time.perf_counter()
+            for _ in range(n):
+                function()
+            times[name].append((time.perf_counter() - start) / n)
+        if max_seconds is not None and number >= 4 and time.perf_counter() - begin > max_seconds:
+            break
+    return {name: Latency(name=name, seconds=tuple(values)) for name, values in times.items()}
+
+
+def ratio_interval(a: Latency, b: Latency, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+    """How many times faster `b` is than `a`: median of the paired ratios a/b, and its bootstrap interval.
+
+    Source: percentile bootstrap, Efron and Tibshirani, An Introduction to the Bootstrap, 1993.
+
+    Example:
+        >>> a = Latency(name="a", seconds=(2.0, 2.1, 1.9)); b = Latency(name="b", seconds=(1.0, 1.0, 1.0))
+        >>> low, middle, high = ratio_interval(a, b)
+        >>> low <= middle <= high and round(middle, 2) == 2.0
+        True
+    """
+    n = min(len(a.seconds), len(b.seconds))
+    ratios = np.asarray(a.seconds[:n]) / np.asarray(b.seconds[:n])
+    rng = np.random.default_rng(seed)
+    medians = np.median(ratios[rng.integers(0, n, size=(1000, n))], axis=1)
+    tail = (1 - confidence) / 2 * 100
+    low, high = np.percentile(medians, [tail, 100 - tail])
+    return float(low), float(np.median(ratios)), float(high)

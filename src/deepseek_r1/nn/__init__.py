@@ -1,0 +1,29 @@
+"""Layers: everything `torch.nn` has, plus what torch lacks. Knows nothing about training or engines.
+
+Own names win over torch's where both exist (`Sequential`); everything else here *is* torch's object.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.nn
+
+from ._sequential import Sequential
+
+if TYPE_CHECKING:
+    from torch.nn import *  # noqa: F403
+
+    from ._sequential import Sequential as Sequential
+
+__all__ = sorted({"Sequential", *(name for name in dir(torch.nn) if not name.startswith("_"))})  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("__") and hasattr(torch.nn, name):
+        return getattr(torch.nn, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; neither has torch.nn {torch.__version__}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,8 @@
+"""An Artifact made callable, numpy in and numpy out. Never imports torch, knows no Programs."""
+
+from __future__ import annotations
+
+from ._predictor import RUNTIMES, Predictor, load
+from ._preprocessing import preprocess
+
+__all__ = ["RUNTIMES", "Predictor", "load", "preprocess"]

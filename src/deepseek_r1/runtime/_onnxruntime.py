@@ -1,0 +1,52 @@
+"""An ONNX file as a callable on numpy arrays. The one place that sets ONNX Runtime's session options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from ..core import ArtifactError, InputError
+
+Array = NDArray[Any]
+
+
+class OnnxSession:
+    """A model file opened by ONNX Runtime on the CPU.
+
+    Args:
+        model: path of the file, or its bytes.
+        threads: threads inside one operator; None leaves the choice to ONNX Runtime.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | bytes, *, threads: int | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        source = model if isinstance(model, bytes) else os.fspath(model)
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # onnxruntime raises a dozen unrelated classes here
+            where = "the model" if isinstance(model, bytes) else str(source)
+            raise ArtifactError(f"{where} could not be opened by ONNX Runtime: {e}") from e
+        self.input_names = [i.name for i in self._session.get_inputs()]
+        self.output_names = [o.name for o in self._session.get_outputs()]
+        self._types = {i.name: i.type for i in self._session.get_inputs()}
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """All outputs for named inputs.
+
+        Raises:
+            InputError: wrong names, types or shapes.
+        """
+        try:
+            outputs: list[Array] = self._session.run(self.output_names, dict(feeds))
+        except Exception as e:  # as above
+            given = {k: (v.dtype.name, v.shape) for k, v in feeds.items() if isinstance(v, np.ndarray)}
+            raise InputError(f"the model takes {self._types}; given: {given}. ONNX Runtime says: {e}") from e
+        return outputs
