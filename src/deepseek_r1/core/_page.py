@@ -27,13 +27,26 @@ td.how{color:#57606a;font-size:.9rem}
 figure{margin:0;border:1px solid #d8dee4;border-radius:6px;padding:.6rem} figure svg{width:100%;height:auto}
 figcaption{color:#57606a;font-size:.9rem}
 ul{padding-left:1.2rem}
+details{margin-top:2.5rem;border-top:2px solid #d8dee4;padding-top:.8rem}
+summary{font-size:1.25rem;font-weight:600;cursor:pointer}
 """
 _COLOURS = ["#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700", "#1b7c83"]
 
 
 def page(report: Report) -> str:
     """The whole page as text."""
-    body = [f"<h1>{_e(report.title)}</h1>", f'<p class="meta">{_e(_meta(report))}</p>']
+    body = [f"<h1>{_e(report.title)}</h1>", f'<p class="meta">{_e(_meta(report))}</p>', *_content(report)]
+    for section in report.sections:
+        body += [f"<details open><summary>{_e(section.title)}</summary>", *_content(section), "</details>"]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>{_e(report.title)}</title><style>{_STYLE}</style></head>'
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _content(report: Report) -> list[str]:
+    body: list[str] = []
     if report.rows:
         body += ["<h2>Measured</h2>", _rows(report)]
     if report.checks:
@@ -46,19 +59,15 @@ def page(report: Report) -> str:
     if report.plots:
         figures = "".join(_figure(plot) for plot in report.plots)
         body += ["<h2>Figures</h2>", f'<div class="figures">{figures}</div>']
-    if report.notes:
-        body += ["<h2>Notes</h2>", "<ul>" + "".join(f"<li>{_e(n)}</li>" for n in report.notes) + "</ul>"]
     if report.skipped:
         items = "".join(f"<li>{_e(what)}: {_e(why)}</li>" for what, why in report.skipped)
         body += ["<h2>Skipped</h2>", f"<ul>{items}</ul>"]
+    if report.notes:
+        body += ["<h2>Notes</h2>", "<ul>" + "".join(f"<li>{_e(n)}</li>" for n in report.notes) + "</ul>"]
     if report.facts:
         items = "".join(f"<tr><td>{_e(k)}</td><td>{_e(_fact(v))}</td></tr>" for k, v in report.facts.items())
         body += ["<h2>Where it ran</h2>", f"<table>{items}</table>"]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width"><title>{_e(report.title)}</title><style>{_STYLE}</style></head>'
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    return body
 
 
 def _e(value: Any) -> str:

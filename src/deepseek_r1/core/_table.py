@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import Any
 
 from rich.console import Console, Group
@@ -11,6 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .report import Report, format_value
+
+#: Columns where there is no terminal to ask.
+_WIDTH = 110
 
 
 def render(report: Report) -> Any:
@@ -38,12 +42,12 @@ def render(report: Report) -> Any:
         if check.detail:
             line.append(f": {check.detail}", style="default")
         parts.append(line)
-    parts += [Text(f"note  {note}", style="cyan") for note in report.notes]
     parts += [Text(f"skipped  {what}: {why}", style="yellow") for what, why in report.skipped]
+    parts += [Text(f"note  {note}", style="cyan") for note in report.notes]
     return Group(*parts)
 
 
-def text(report: Report, width: int = 110) -> str:
+def text(report: Report, width: int = _WIDTH) -> str:
     """The report as plain text."""
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(render(report))
@@ -52,4 +56,7 @@ def text(report: Report, width: int = 110) -> str:
 
 def show(report: Report) -> None:
     """Print the report on standard output."""
-    Console().print(render(report))
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=_WIDTH)
+    console.print(render(report))

@@ -85,19 +85,19 @@ def arch_runs(arch: str, built: list[str]) -> bool:
         (True, False, True)
     """
     if not arch.startswith("sm_"):
-        return arch in built
-    gpu = int(arch.removeprefix("sm_"))
-    for name in built:
-        kind, _, digits = name.partition("_")
-        # Variants like sm_90a run on exactly that GPU only.
-        if digits.rstrip("af") != digits:
-            if kind == "sm" and int(digits.rstrip("af")) == gpu:
-                return True
-        elif kind == "sm" and int(digits) // 10 == gpu // 10 and int(digits) <= gpu:
-            return True
-        elif kind == "compute" and int(digits) <= gpu:
-            return True
-    return False
+        return arch in [name.partition(":")[0] for name in built]
+    return any(_covers(name, int(arch.removeprefix("sm_"))) for name in built)
+
+
+def _covers(name: str, gpu: int) -> bool:
+    match = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", name)
+    if match is None:
+        return False
+    version = int(match[2])
+    if match[3] == "a":
+        # sm_90a and its like use instructions of exactly that GPU.
+        return version == gpu
+    return version <= gpu and (match[1] == "compute" or version // 10 == gpu // 10)
 
 
 def _python(facts: Facts) -> Iterator[Verdict]:

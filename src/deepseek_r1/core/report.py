@@ -9,7 +9,7 @@ import datetime
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Plot:
 
 @dataclass
 class Report:
-    """Rows, checks, notes, skipped things and plots of one verb.
+    """Rows, checks, notes, skipped things and plots of one verb, and the reports of the verbs it called.
 
     Example:
         >>> r = Report("demo")
@@ -92,6 +92,7 @@ class Report:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    sections: list[Report] = field(default_factory=list)
     created: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
     def add(self, metric: str, after: Any, *, before: Any = None, unit: str = "", how: str = "") -> None:
@@ -115,27 +116,15 @@ class Report:
         """Add the data of one figure; see `Plot`."""
         self.plots.append(Plot(kind=kind, title=title, series=series, **more))
 
-    def extend(self, other: Report, *, prefix: str = "") -> None:
-        """Take over another report's content; `prefix` is put before its metrics and checks."""
-        data = other.to_dict()
-        for row in data["rows"]:
-            self.rows.append(Row(**{**row, "metric": prefix + row["metric"]}))
-        for check in data["checks"]:
-            self.checks.append(Check(**{**check, "name": prefix + check["name"]}))
-        self.notes += [prefix + n for n in other.notes]
-        self.skipped += [(prefix + what, why) for what, why in other.skipped]
-        self.plots += other.plots
-        self.facts.update({k: v for k, v in other.facts.items() if k not in self.facts})
-
     @property
     def ok(self) -> bool:
-        """Whether no check failed."""
-        return all(c.passed for c in self.checks)
+        """Whether no check failed, here or in a section."""
+        return not self.failed
 
     @property
     def failed(self) -> list[Check]:
-        """The checks that failed."""
-        return [c for c in self.checks if not c.passed]
+        """The checks that failed, those of the sections too."""
+        return [c for c in self.checks if not c.passed] + [c for s in self.sections for c in s.failed]
 
     def __getitem__(self, metric: str) -> Row:
         for row in self.rows:
@@ -148,7 +137,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to JSON (numbers that are not finite become strings)."""
-        data = asdict(self)
+        data = {**asdict(replace(self, sections=[])), "sections": [s.to_dict() for s in self.sections]}
         data["skipped"] = [{"what": what, "why": why} for what, why in self.skipped]
         plain: dict[str, Any] = _plain({"schema_version": SCHEMA_VERSION, "ok": self.ok, **data})
         return plain
@@ -175,6 +164,7 @@ class Report:
             skipped=[(s["what"], s["why"]) for s in data["skipped"]],
             plots=[Plot(**plot) for plot in data["plots"]],
             facts=dict(data["facts"]),
+            sections=[cls.from_dict(section) for section in data.get("sections", [])],
             created=data["created"],
         )
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from ._capture import capture
+from ._capture import as_inputs, capture
 from ._foreign import load_pt2
 from ._passes import PASSES, fold_batch_norm, simplify
 from .editing import rewrite
-from .program import Program, float64_module
+from .program import Program, float64_module, to_float64
 
-__all__ = ["PASSES", "Program", "capture", "float64_module", "fold_batch_norm", "load_pt2", "rewrite", "simplify"]
+__all__ = [
+    "PASSES",
+    "Program",
+    "as_inputs",
+    "capture",
+    "float64_module",
+    "fold_batch_norm",
+    "load_pt2",
+    "rewrite",
+    "simplify",
+    "to_float64",
+]

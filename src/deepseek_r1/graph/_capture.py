@@ -14,8 +14,8 @@ import torch
 import torch.utils._pytree as pytree
 
 from ..core import CaptureError, InputError, Report
-from ._quiet import quiet_torch
 from .program import Program
+from .quiet import quiet_torch
 
 _OUTSIDE = (str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"], str(Path(__file__).parents[1]))
 

@@ -65,3 +65,18 @@ def add_constant(module: GraphModule, like: Node, tensor: torch.Tensor, name: st
 def argument(node: Node, index: int, default: Any = None) -> Any:
     """A positional argument of a node, or the operator's default."""
     return node.args[index] if len(node.args) > index else default
+
+
+def own_weights(module: GraphModule) -> None:
+    """Give the graph copies of all its weights; names of one tied weight stay tied."""
+    copies: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        for store in (part._parameters, part._buffers):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in copies:
+                    copy = tensor.detach().clone()
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    copies[id(tensor)] = torch.nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+                store[name] = copies[id(tensor)]

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from ..core import InputError, Report
-from ._quiet import quiet_torch
+from .quiet import quiet_torch
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

@@ -48,6 +48,13 @@ def _power(a: Any, b: Any) -> Any:
     return result.to(a.dtype) if isinstance(a, Tensor) and isinstance(result, Tensor) else result
 
 
+def _publish(op_type: str, function: Callable[..., Any]) -> None:
+    """Register a function made here under a name of this module, where a pickled graph finds it again."""
+    function.__name__ = function.__qualname__ = f"onnx_{op_type.lower()}"
+    function.__doc__ = f"ONNX {op_type}."
+    globals()[function.__name__] = register(op_type)(function)
+
+
 def _binary(op_type: str, on_host: Callable[..., Any], on_tensor: Callable[..., Any], numbers_too: bool = True) -> None:
     """Register an operator of two inputs; `numbers_too` says that `on_tensor` takes one number beside a tensor."""
 
@@ -58,9 +65,7 @@ def _binary(op_type: str, on_host: Callable[..., Any], on_tensor: Callable[..., 
             a, b = tensors(a, b)
         return on_tensor(a, b)
 
-    apply.__name__ = apply.__qualname__ = op_type.lower()
-    apply.__doc__ = f"ONNX {op_type}."
-    register(op_type)(apply)
+    _publish(op_type, apply)
 
 
 for _name, _on_host, _on_tensor in (
@@ -87,7 +92,7 @@ for _name, _on_host, _on_tensor in (
 @register("Min", "Max", "Sum", "Mean")
 def variadic(attrs: Attrs, *values: Any) -> Any:
     """Elementwise over any number of inputs."""
-    kind = attrs["node"].split()[0]
+    kind = attrs["op"]
     if all(is_host(v) for v in values):
         if kind == "Mean":
             return on_hosts(lambda *v: sum(v) / len(v), *values)
@@ -116,9 +121,7 @@ def _unary(op_type: str, function: Callable[[Tensor], Tensor]) -> None:
     def apply(attrs: Attrs, x: Any) -> Any:
         return function(tensor(x))
 
-    apply.__name__ = apply.__qualname__ = op_type.lower()
-    apply.__doc__ = f"ONNX {op_type}."
-    register(op_type)(apply)
+    _publish(op_type, apply)
 
 
 for _name, _function in _UNARY.items():
@@ -128,7 +131,7 @@ for _name, _function in _UNARY.items():
 @register("Neg", "Abs", "Floor", "Ceil", "Sqrt", "Not")
 def unary_on_both(attrs: Attrs, x: Any) -> Any:
     """Operators of one input that also occur in shape arithmetic."""
-    kind = attrs["node"].split()[0]
+    kind = attrs["op"]
     if is_host(x):
         on_host: dict[str, Callable[[Any], Any]] = {
             "Neg": operator.neg, "Abs": abs, "Floor": lambda v: float(math.floor(v)),
@@ -165,9 +168,8 @@ def where(attrs: Attrs, condition: Any, a: Any, b: Any) -> Any:
     """Elements of `a` where the condition holds, of `b` elsewhere."""
     if is_host(condition) and is_host(a) and is_host(b):
         return on_hosts(lambda c, x, y: x if c else y, condition, a, b)
-    if not is_host(condition) and not isinstance(a, list) and not isinstance(b, list):
-        if not (is_host(a) and is_host(b)):
-            return torch.where(condition, a, b)
+    if not (is_host(condition) or isinstance(a, list) or isinstance(b, list) or (is_host(a) and is_host(b))):
+        return torch.where(condition, a, b)
     a, b = (tensor(a), tensor(b)) if is_host(a) and is_host(b) else tensors(a, b)
     return torch.where(tensor(condition, a), a, b)
 
@@ -187,7 +189,7 @@ def clip(attrs: Attrs, x: Any, low: Any = None, high: Any = None) -> Any:
 @register("LeakyRelu", "Elu", "Celu", "ThresholdedRelu", "Selu", "HardSigmoid", "Shrink")
 def shaped_activation(attrs: Attrs, x: Tensor) -> Tensor:
     """Activations with parameters, at ONNX's defaults."""
-    kind = attrs["node"].split()[0]
+    kind = attrs["op"]
     alpha = attrs.get("alpha")
     if kind == "LeakyRelu":
         return F.leaky_relu(x, 0.01 if alpha is None else alpha)
@@ -228,7 +230,7 @@ def swish(attrs: Attrs, x: Tensor) -> Tensor:
 @register("Softmax", "LogSoftmax")
 def softmax(attrs: Attrs, x: Tensor) -> Tensor:
     """Softmax over one axis; before opset 13 over all axes from `axis` on."""
-    function = F.softmax if attrs["node"].split()[0] == "Softmax" else F.log_softmax
+    function = F.softmax if attrs["op"] == "Softmax" else F.log_softmax
     if attrs["opset"] >= 13:
         return function(x, dim=attrs.get("axis", -1))
     axis = attrs.get("axis", 1) % x.dim()
@@ -278,7 +280,7 @@ _HOST_REDUCTIONS: dict[str, Callable[[list[Any]], Any]] = {
 @register(*_REDUCTIONS, "ReduceProd")
 def reduce(attrs: Attrs, x: Any, axes: Any = None) -> Any:
     """Reductions over some axes, or over all of them."""
-    kind, keep = attrs["node"].split()[0], bool(attrs.get("keepdims", 1))
+    kind, keep = attrs["op"], bool(attrs.get("keepdims", 1))
     dims = axes_of(attrs, axes)
     if not dims and attrs.get("noop_with_empty_axes"):
         return x
@@ -298,7 +300,7 @@ def reduce(attrs: Attrs, x: Any, axes: Any = None) -> Any:
 def argmax(attrs: Attrs, x: Tensor) -> Tensor:
     """Index of the extreme value along one axis."""
     axis, keep = attrs.get("axis", 0) % x.dim(), bool(attrs.get("keepdims", 1))
-    find = torch.argmax if attrs["node"].startswith("ArgMax") else torch.argmin
+    find = torch.argmax if attrs["op"] == "ArgMax" else torch.argmin
     if attrs.get("select_last_index"):
         return x.shape[axis] - 1 - find(x.flip(axis), dim=axis, keepdim=keep)
     return find(x, dim=axis, keepdim=keep)
@@ -316,12 +318,14 @@ def cumsum(attrs: Attrs, x: Any, axis: Any) -> Tensor:
 
 
 @register("TopK")
-def topk(attrs: Attrs, x: Tensor, k: Any = None) -> tuple[Tensor, Tensor]:
+def topk(attrs: Attrs, x: Tensor, k: Any = None) -> Tensor | tuple[Tensor, Tensor]:
     """The k largest or smallest values along one axis, and where they are."""
     count = attrs["k"] if k is None else (k[0] if isinstance(k, list) else k)
     largest = bool(attrs.get("largest", 1))
-    values, indices = torch.topk(x, count, dim=attrs.get("axis", -1), largest=largest, sorted=True)
-    return values, indices
+    # Of equal values the one with the lower index comes first, which torch.topk does not promise.
+    axis = attrs.get("axis", -1)
+    values, indices = (v.narrow(axis, 0, count) for v in torch.sort(x, dim=axis, descending=largest, stable=True))
+    return values if attrs["outputs"] == 1 else (values, indices)
 
 
 @register("MatMul")
@@ -387,5 +391,3 @@ def dequantize_linear(attrs: Attrs, x: Tensor, scale: Any, zero_point: Any = Non
     if zero_point is not None:
         x = x - _along(attrs, x, zero_point, dtype)
     return x * _along(attrs, x, scale)
-
-

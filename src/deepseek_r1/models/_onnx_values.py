@@ -35,6 +35,9 @@ FROZEN_INPUTS: dict[str, tuple[int, ...]] = {
     "BatchNormalization": (3, 4), "QuantizeLinear": (1, 2), "DequantizeLinear": (1, 2),
 }  # fmt: skip
 
+#: Where a float initializer of one element is a literal of the formula (a scale, an exponent), not a weight.
+LITERAL_OPS = ("Div", "Max", "Min", "Mul", "Pow", "Sqrt", "Where")
+
 #: onnx.TensorProto element type -> torch dtype.
 DTYPES: dict[int, torch.dtype] = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16, 6: torch.int32, 7: torch.int64,
@@ -45,8 +48,8 @@ DTYPES: dict[int, torch.dtype] = {
 def register(*op_types: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function computes these operator types. Its first argument is the node's attributes.
 
-    Beside ONNX's own attributes there are `opset`, `node` (for messages), `outputs` (how many are used) and `types`
-    (element types of the inputs that are constants).
+    Beside ONNX's own attributes there are `op`, `opset`, `node` (for messages), `outputs` (how many are used) and
+    `types` (element types of the inputs that are constants, 0 for the others).
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +90,7 @@ def tensor(value: Any, like: Tensor | None = None, dtype: torch.dtype | None = N
         first = value[0] if isinstance(value, list) and value else value
         dtype = torch.bool if isinstance(first, bool) else torch.int64
         dtype = torch.float32 if isinstance(first, float | torch.SymFloat) else dtype
-    symbolic = (torch.SymInt, torch.SymFloat)
+    symbolic: Any = (torch.SymInt, torch.SymFloat)
     if isinstance(value, list) and any(isinstance(v, symbolic) for v in value):
         # torch.tensor would burn the symbols in.
         return torch.stack([torch.scalar_tensor(v, dtype=dtype, device=device) for v in value])

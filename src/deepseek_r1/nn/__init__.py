@@ -12,11 +12,10 @@ import torch.nn
 from ._sequential import Sequential
 
 if TYPE_CHECKING:
-    from torch.nn import *  # noqa: F403
+    from torch.nn import *  # type: ignore[assignment]  # noqa: F403
 
-    from ._sequential import Sequential as Sequential
-
-__all__ = sorted({"Sequential", *(name for name in dir(torch.nn) if not name.startswith("_"))})  # noqa: PLE0605
+__all__ = ["Sequential"]
+__all__ += [name for name in dir(torch.nn) if not name.startswith("_") and name not in __all__]
 
 
 def __getattr__(name: str) -> Any:

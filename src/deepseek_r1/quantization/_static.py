@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from ..core import INT8_ACTIVATION, INT8_WEIGHT, ConfigError, InputError, Report, progress
 from ..data import unpack_batch
 from ..graph import Program, rewrite, simplify
-from ..graph.editing import add_constant, argument, constant_of
+from ..graph.editing import add_constant, argument, constant_of, own_weights
 from ._observe import Ranges, affine, quantize_weight
 
 aten = torch.ops.aten
@@ -79,7 +79,8 @@ def quantize_static(program: Program, dataset: Iterable[Any], config: Int8Static
     if program.precision != "fp32":
         raise InputError(f"the program is {program.precision} already; give its float parent.")
     batches = calibration_inputs(program, dataset, config.calibration_batches)
-    parent = simplify(program)
+    # A snapshot: training the module further must not change half of a quantised program (its biases).
+    parent = rewrite(simplify(program), own_weights)
     report = Report(f"quantise {program.name} to int8")
     parent_bytes = parent.parameters_bytes
 

@@ -1,0 +1,46 @@
+"""The command line: one file a verb. A verb parses, calls public functions, and its Report is printed.
+
+Nothing heavy is imported before a verb runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import _frame
+from .doctor import doctor as _doctor
+from .export import export as _export
+from .optimize import optimize as _optimize
+from .quantize import quantize as _quantize
+from .run import run as _run
+from .train import train as _train
+from .version import version as _version
+
+__all__ = ["app", "main"]
+
+app = _frame.new_app(no_args_is_help=True)
+
+
+@app.callback()
+def _every_verb(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Print Python's traceback with an error.")] = False,
+) -> None:
+    """Take a PyTorch module all the way: train, compress, make static, ship and check.
+
+    A MODEL is file.py:factory, an .onnx, .pt2 or .dr1 file, or an artifact's folder. Data is a folder of images by
+    class, an .npz, .csv or .jsonl file, file.py:loader, or the word digits.
+
+    Exit codes: 0 done, 1 a check failed, 2 wrong use.
+    """
+    _frame.show_traceback(traceback)
+
+
+for _command in (_run, _train, _optimize, _quantize, _export, _doctor, _version):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Entry point of `deepseek-r1`."""
+    app(prog_name="deepseek-r1")

@@ -1,0 +1,62 @@
+"""`deepseek-r1 optimize`: the fastest executable that is right, as an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core import Report
+from ._frame import Html, Json, Seed, verb
+from ._options import BatchSize, Data, ImageSize, InputDtype, InputShape, Model, Weights
+
+
+@verb()
+def optimize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the artifact of the winner.")],
+    weights: Weights = None,
+    data: Data = None,
+    input_shape: InputShape = None,
+    input_dtype: InputDtype = None,
+    accuracy_drop: Annotated[
+        float | None, typer.Option(help="Largest loss of accuracy; 0.005 is half a point.")
+    ] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Longest median time of a call.")] = None,
+    size_mb: Annotated[float | None, typer.Option(help="Largest size of the files.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="Largest peak memory.")] = None,
+    batch_size: BatchSize = 32,
+    image_size: ImageSize = None,
+    seed: Seed = 0,
+    json: Json = None,
+    html: Html = None,
+) -> Report:
+    """Race every engine and keep the fastest that is right.
+
+    The winner is written to --out as an artifact. A .dr1 file of `quantize` races with its float parent.
+    """
+    from ..core import Budget
+    from ..deploy import export
+    from ..engines import optimize as run
+    from ._inputs import needs_inputs, open_inputs
+
+    budget = Budget(accuracy_drop=accuracy_drop, latency_ms=latency_ms, size_mb=size_mb, memory_gb=memory_gb)
+    opened = open_inputs(
+        model,
+        weights=weights,
+        data=data,
+        batch_size=batch_size,
+        image_size=image_size,
+        input_shape=input_shape,
+        input_dtype=input_dtype,
+        seed=seed,
+    )
+    needs_inputs(opened)
+    # The winner is chosen on the validation part: the test part is for the last measurement only.
+    choose = opened.part("val", "train")
+    executable = run(opened.model, example_inputs=opened.example_inputs, dataset=choose, budget=budget)
+    report = executable.report
+    report.sections.append(export(executable, out, **opened.for_artifact()))
+    report.note(f"wrote {out}: {executable.precision} on {executable.engine}")
+    return report

@@ -1,0 +1,9 @@
+"""A Program as files for one target, checked in that target's own runtime before anything is kept. Knows no HTTP."""
+
+from __future__ import annotations
+
+from ._export import export
+from ._scorecard import scorecard
+from .base import TARGETS, Job, Target
+
+__all__ = ["TARGETS", "Job", "Target", "export", "scorecard"]

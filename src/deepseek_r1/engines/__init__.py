@@ -1,0 +1,13 @@
+"""Engines run a Program; `optimize` races them and keeps the fastest that is right. Knows no data format and no file.
+
+An engine does not know where a Program came from.
+"""
+
+from __future__ import annotations
+
+from ._onnx import to_onnx
+from ._optimize import optimize
+from .base import ENGINES, Engine, Runner
+from .executable import Executable
+
+__all__ = ["ENGINES", "Engine", "Executable", "Runner", "optimize", "to_onnx"]

@@ -1,0 +1,38 @@
+"""The oracle: the captured graph run by PyTorch, operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from ..graph import Program
+from .base import Runner
+
+
+class EagerEngine:
+    """Runs the graph as it is."""
+
+    name = "eager"
+    portable = False
+
+    def unavailable(self) -> str:
+        """Always there."""
+        return ""
+
+    def unsupported(self, program: Program) -> str:
+        """Takes every program."""
+        return ""
+
+    def compile(self, program: Program) -> Runner:
+        """Nothing to compile."""
+        _, tree = pytree.tree_flatten(program.example_inputs)
+
+        def run(leaves: Sequence[Any]) -> list[torch.Tensor]:
+            args, kwargs = pytree.tree_unflatten(list(leaves), tree)
+            outputs = program(*args, **kwargs)
+            return [v for v in pytree.tree_leaves(outputs) if isinstance(v, torch.Tensor)]
+
+        return run

@@ -1,0 +1,40 @@
+"""An engine that computes nothing: zeros of the right shapes. For tests of pipelines; never raced unless named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..graph import Program
+from .base import Runner
+
+
+class NullEngine:
+    """Answers with zeros."""
+
+    name = "null"
+    portable = False
+
+    def unavailable(self) -> str:
+        """Always there."""
+        return ""
+
+    def unsupported(self, program: Program) -> str:
+        """Takes every program."""
+        return ""
+
+    def compile(self, program: Program) -> Runner:
+        """Outputs take the batch of the first input and the example's other sizes."""
+        nodes = list(program.exported.graph.nodes)
+        names = set(program.exported.graph_signature.user_outputs)
+        values = [n.meta["val"] for n in nodes if n.name in names and isinstance(n.meta.get("val"), torch.Tensor)]
+        shapes = [[None if not str(d).isdigit() else int(str(d)) for d in v.shape] for v in values]
+
+        def run(leaves: Sequence[Any]) -> list[torch.Tensor]:
+            batch = next((v.shape[0] for v in leaves if isinstance(v, torch.Tensor) and v.ndim), 1)
+            sizes = [[batch if d is None else d for d in shape] for shape in shapes]
+            return [torch.zeros(size, dtype=v.dtype) for size, v in zip(sizes, values)]
+
+        return run

@@ -1,0 +1,140 @@
+"""A Program as an ONNX model, and the retarget pass that lets ONNX Runtime fuse integer kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from ..core import UnsupportedOpError
+from ..graph import Program
+from ..graph.quiet import quiet_torch
+
+#: One above the 2 GiB that a single protobuf message can hold is refused; larger models need external data.
+_LIMIT_BYTES = 2 * 10**9
+
+
+def to_onnx(program: Program) -> onnx.ModelProto:
+    """The program in ONNX (opset 20), inputs named as in the graph, outputs `output` or `output_0`, `output_1`, ...
+
+    Quantised programs get the form that ONNX Runtime fuses, see `retarget`.
+
+    Raises:
+        UnsupportedOpError: an operator has no ONNX form, or the model is larger than one file may be.
+    """
+    if program.parameters_bytes > _LIMIT_BYTES:
+        raise UnsupportedOpError(
+            f"{program.name!r} has {program.parameters_bytes / 1e9:.1f} GB of weights; an ONNX file holds at most 2."
+        )
+    names = [n for n in program.exported.graph_signature.user_outputs if n is not None]
+    outputs = ["output"] if len(names) == 1 else [f"output_{i}" for i in range(len(names))]
+    try:
+        with quiet_torch(), contextlib.redirect_stdout(io.StringIO()):
+            exported = torch.onnx.export(
+                program.exported, (), dynamo=True, opset_version=20, verbose=False,
+                input_names=program.input_names(), output_names=outputs,
+            )  # fmt: skip
+        assert exported is not None
+        model: onnx.ModelProto = exported.model_proto
+    except Exception as e:  # the exporter has a class of its own for each stage
+        text = next((line for line in reversed(str(e).splitlines()) if line.strip()), type(e).__name__)
+        raise UnsupportedOpError(f"{program.name!r} has no ONNX form: {text[:400]}") from e
+    _tidy(model)
+    retarget(model)
+    return model
+
+
+def _tidy(model: onnx.ModelProto) -> None:
+    """Take out stack traces (they carry the user's paths) and call the first dynamic dimension `batch`."""
+    del model.graph.value_info[:]
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        del part.metadata_props[:]
+        if isinstance(part, onnx.NodeProto):
+            part.doc_string = ""
+    names: dict[str, str] = {}
+    for value in (*model.graph.input, *model.graph.output):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_param:
+                free = "batch" if axis == 0 and "batch" not in names.values() else f"dim_{len(names)}"
+                dim.dim_param = names.setdefault(dim.dim_param, free)
+
+
+def retarget(model: onnx.ModelProto) -> int:
+    """Shift activations from int8 to uint8 (zero point + 128), which is exact; returns how many pairs were shifted.
+
+    ONNX Runtime's x86 kernels multiply unsigned activations with signed weights, and its fusion of
+    convolution + ReLU needs the zero point at the bottom of the range, which for uint8 is 0.
+    Biases behind quantised inputs become int32 with scale input x weight, as the same kernels want them.
+    """
+    constants = {i.name: i for i in model.graph.initializer}
+    shifted: dict[str, str] = {}
+    count = 0
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.input) < 3:
+            continue
+        zero = node.input[2]
+        if node.input[0] in constants or zero not in constants:
+            continue
+        if zero not in shifted:
+            value = numpy_helper.to_array(constants[zero])
+            if value.dtype != np.int8:
+                continue
+            shifted[zero] = f"{zero}_u8"
+            moved = (value.astype(np.int16) + 128).astype(np.uint8)
+            model.graph.initializer.append(numpy_helper.from_array(moved, shifted[zero]))
+        node.input[2] = shifted[zero]
+        count += 1
+    if count:
+        _integer_biases(model)
+        _drop_unused(model)
+    return count
+
+
+def _integer_biases(model: onnx.ModelProto) -> None:
+    constants = {i.name: i for i in model.graph.initializer}
+    makers = {output: node for node in model.graph.node for output in node.output}
+    added: list[tuple[onnx.NodeProto, onnx.NodeProto]] = []
+    for number, node in enumerate(model.graph.node):
+        if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3 or node.input[2] not in constants:
+            continue
+        pairs = [makers.get(name) for name in node.input[:2]]
+        if any(p is None or p.op_type != "DequantizeLinear" or p.input[1] not in constants for p in pairs):
+            continue
+        bias = numpy_helper.to_array(constants[node.input[2]])
+        x_scale, w_scale = (numpy_helper.to_array(constants[p.input[1]]).astype(np.float64) for p in pairs if p)
+        scale = (x_scale * w_scale).astype(np.float32)
+        stored = np.round(bias / scale.astype(np.float64))
+        if bias.dtype != np.float32 or np.abs(stored).max(initial=0) > 2**31 - 1:
+            continue
+        stem = f"bias_{number}"
+        model.graph.initializer.append(numpy_helper.from_array(stored.astype(np.int32), f"{stem}_int32"))
+        model.graph.initializer.append(
+            numpy_helper.from_array(np.broadcast_to(scale, bias.shape).copy(), f"{stem}_scale")
+        )
+        zero = np.zeros(bias.shape, dtype=np.int32)
+        model.graph.initializer.append(numpy_helper.from_array(zero, f"{stem}_zero"))
+        back = onnx.helper.make_node(
+            "DequantizeLinear", [f"{stem}_int32", f"{stem}_scale", f"{stem}_zero"], [f"{stem}_float"], axis=0
+        )
+        node.input[2] = f"{stem}_float"
+        added.append((node, back))
+    nodes = list(model.graph.node)
+    for node, back in added:
+        nodes.insert(next(i for i, n in enumerate(nodes) if n is node), back)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _drop_unused(model: onnx.ModelProto) -> None:
+    used: set[Any] = {name for node in model.graph.node for name in node.input}
+    used |= {o.name for o in model.graph.output}
+    kept = [i for i in model.graph.initializer if i.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)

@@ -1,0 +1,178 @@
+"""`optimize`: capture, race the engines, return the fastest right executable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from ..core import Budget, CheckFailedError, ConfigError, InputError, Report, probe
+from ..data import unpack_batch
+from ..graph import Program, as_inputs, capture, float64_module, to_float64
+from ._race import Candidate, Task, race
+from .base import ENGINES
+from .executable import Executable
+
+#: At most this many batches of the dataset judge a candidate's accuracy.
+_BATCHES = 64
+
+
+def optimize(
+    model: torch.nn.Module | Program,
+    method: str = "static",
+    example_inputs: Any = None,
+    dataset: Iterable[Any] | None = None,
+    budget: Budget | None = None,
+    *,
+    engines: Sequence[str] | None = None,
+) -> Executable:
+    """Turn a dynamic graph into the fastest right executable on this machine.
+
+    Candidates are each engine on the program and, for a quantised program, on its float parent too. A float32
+    candidate must be about as close to a float64 reference as eager float32 is; a lower precision must keep the
+    accuracy on `dataset` within `budget.accuracy_drop` (0.005 by default). Whoever is right and surely faster than
+    eager (95 % interval of paired timings) can win; otherwise eager is returned, and the report says so.
+
+    Args:
+        model: a module or a Program.
+        method: "static" races the engines; "dynamic" keeps eager PyTorch.
+        example_inputs: a tensor, a tuple or a mapping. Their batch size is the one that is timed. Without them the
+            first batch of `dataset` is taken; without that, capture waits for the first call.
+        dataset: batches that judge accuracy: `(inputs, labels)`, a mapping, or inputs alone.
+        budget: limits; `latency_ms` and `size_mb` are held or an error is raised.
+        engines: names to race; by default all that are registered, except "null".
+
+    Raises:
+        ConfigError: unknown method; PluginError: unknown engine.
+        CaptureError: the module cannot be a static graph; the message says where and what to do.
+        CheckFailedError: the winner does not meet the budget; its `report` has all measurements.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+        >>> fast = optimize(net, example_inputs=torch.randn(4, 8))
+        >>> torch.allclose(fast(torch.ones(2, 8)), net(torch.ones(2, 8)), atol=1e-5)
+        True
+    """
+    if method not in ("static", "dynamic"):
+        raise ConfigError(f'optimize(method={method!r}): "static" or "dynamic" is needed.')
+    if not isinstance(model, torch.nn.Module | Program):
+        raise InputError(f"optimize needs a torch.nn.Module or a Program, given {type(model).__name__}.")
+    chosen = list(engines) if engines is not None else [n for n in ENGINES.names() if n != "null"]
+    for name in chosen:
+        ENGINES.get(name)
+    budget = budget or Budget()
+    batches = _batches(dataset)
+    if example_inputs is None and batches:
+        args, kwargs, _ = unpack_batch(batches[0])
+        example_inputs = kwargs or args
+    if not isinstance(model, Program) and example_inputs is None:
+        return _at_first_call(model, method, chosen, budget)
+    if isinstance(model, Program):
+        program, args, kwargs = model, *model.example_inputs
+        if example_inputs is not None:
+            args, kwargs = as_inputs(example_inputs)
+    else:
+        args, kwargs = as_inputs(example_inputs)
+        program = capture(model, kwargs or args)
+    if misfit := program.misfit(args, kwargs):
+        raise InputError(f"the example inputs do not fit: {misfit}")
+    if method == "dynamic":
+        report = Report(f"optimize {program.name}")
+        report.note('eager PyTorch was kept, as method="dynamic" asks')
+        return Executable(program, "eager", ENGINES.get("eager")().compile(program), report)
+    return _race(program, chosen, budget, batches, (args, kwargs))
+
+
+def _batches(dataset: Iterable[Any] | None) -> list[Any]:
+    if dataset is None:
+        return []
+    found = list(islice(dataset, _BATCHES))
+    if not found:
+        raise InputError("optimize(dataset=...): the dataset is empty.")
+    return found
+
+
+def _at_first_call(model: torch.nn.Module, method: str, engines: list[str], budget: Budget) -> Executable:
+    report = Report(f"optimize {type(model).__name__}")
+    report.note("captured at the first call")
+
+    def prepare(inputs: Any) -> Executable:
+        args, kwargs = inputs
+        if args and kwargs:
+            raise InputError("the first call of an executable without example inputs: all by position or all by name.")
+        return optimize(model, method, kwargs or args, None, budget, engines=engines)
+
+    return Executable(None, "eager", None, report, prepare=prepare)
+
+
+def _race(program: Program, engines: list[str], budget: Budget, batches: list[Any], inputs: Any) -> Executable:
+    report = Report(f"optimize {program.name}")
+    report.facts.update(probe().facts())
+    parent = program if program.parent is None else program.parent
+    leaves = pytree.tree_leaves(inputs)
+    args, kwargs = to_float64(inputs)
+    with torch.no_grad():
+        reference = float64_module(parent)(*args, **kwargs)
+    task = Task(
+        probe=leaves,
+        reference=[v for v in pytree.tree_leaves(reference) if isinstance(v, torch.Tensor)],
+        batches=[_flat(batch, program) for batch in batches],
+    )
+    baseline = _candidate("eager", parent, report)
+    assert baseline is not None, "eager takes every program"
+    rivals = [
+        candidate
+        for source in ([program] if program is parent else [program, parent])
+        for engine in engines
+        if (engine != "eager" or source is not parent) and (candidate := _candidate(engine, source, report))
+    ]
+    winner = race(baseline, rivals, task, budget, report)
+    assert winner.latency is not None, "the winner was timed"
+    report.add("winner", winner.name, before=baseline.name)
+    if budget.latency_ms is not None:
+        detail = f"{winner.latency.median_ms:.3f} ms, budget {budget.latency_ms:g} ms"
+        report.check("latency budget", winner.latency.median_ms <= budget.latency_ms, detail)
+    if budget.size_mb is not None:
+        detail = f"{winner.size_bytes / 1e6:.2f} MB, budget {budget.size_mb:g} MB"
+        report.check("size budget", winner.size_bytes <= budget.size_mb * 1e6, detail)
+    if budget.memory_gb is not None:
+        report.skip("memory budget", "peak memory of a rival is measured once rivals run in processes of their own")
+    if not report.ok:
+        raise CheckFailedError("; ".join(f"{c.name}: {c.detail}" for c in report.failed), report=report)
+    engine, source = winner.tag
+    # The eager graph reads the live weights; whatever was compiled holds copies.
+    watch = [] if engine == "eager" else list(source.exported.state_dict.values())
+    return Executable(source, engine, winner.run, report, watch=watch)
+
+
+def _flat(batch: Any, program: Program) -> tuple[list[Any], Any]:
+    args, kwargs, labels = unpack_batch(batch)
+    if misfit := program.misfit(args, kwargs):
+        raise InputError(f"dataset: {misfit}")
+    return pytree.tree_leaves((args, kwargs)), labels
+
+
+def _candidate(engine: str, program: Program, report: Report) -> Candidate | None:
+    name = f"{engine} {program.precision}"
+    plugin = ENGINES.get(engine)()
+    reason = plugin.unavailable() or plugin.unsupported(program)
+    if reason:
+        report.skip(name, reason)
+        return None
+    try:
+        run = plugin.compile(program)
+    except Exception as e:  # a rival may fail in any way; it costs the rival only
+        report.skip(name, f"compiling failed: {type(e).__name__}: {str(e)[:300]}")
+        return None
+
+    def quiet(leaves: Sequence[Any]) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return list(run(leaves))
+
+    return Candidate(
+        name=name, run=quiet, size_bytes=program.parameters_bytes, float32=program.precision == "fp32",
+        tag=(engine, program),
+    )  # fmt: skip

@@ -1,0 +1,149 @@
+"""`Executable`: a program compiled by one engine, called like the module it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import Node
+
+from ..core import ArtifactError, InputError, Report, atomic
+from ..graph import Program
+from .base import ENGINES, Runner
+
+SCHEMA_VERSION = 1
+_ABOUT = "executable.json"
+
+
+class Executable:
+    """A callable with an engine, a precision and a report. Answers only; it does not train.
+
+    Weights that are changed in place afterwards (by training the module further) are noticed at the next call, and
+    the engine compiles again.
+
+    Args:
+        program: what is run; None while nothing was captured yet.
+        engine: name of the engine.
+        runner: the compiled program.
+        watch: tensors whose change makes the compiled program stale.
+        prepare: called with the first call's inputs to make the real executable (capture at the first call).
+    """
+
+    def __init__(
+        self,
+        program: Program | None,
+        engine: str,
+        runner: Runner | None,
+        report: Report,
+        *,
+        watch: Sequence[torch.Tensor] = (),
+        prepare: Callable[[Any], Executable] | None = None,
+    ) -> None:
+        self._program = program
+        self._engine = engine
+        self._runner = runner
+        self._watch = [t for t in watch if not t.is_inference()]
+        self._state = self._versions()
+        self._prepare = prepare
+        self.report = report
+        if program is not None:
+            self._adopt(program)
+
+    def _adopt(self, program: Program) -> None:
+        _, self._in_tree = pytree.tree_flatten(program.example_inputs)
+        output = next(n for n in program.exported.graph.nodes if n.op == "output")
+        skip = len(program.exported.graph_signature.output_specs) - len(program.exported.graph_signature.user_outputs)
+        self._template = list(pytree.tree_leaves(output.args[0]))[skip:]
+        spec = program.exported.call_spec.out_spec
+        assert spec is not None, "a captured program always knows the nest of its outputs"
+        self._out_tree = spec
+
+    @property
+    def program(self) -> Program:
+        """The program that runs. Raises InputError before the first call if nothing was captured yet."""
+        if self._program is None:
+            raise InputError("nothing was captured yet: call the executable once, or give optimize example_inputs.")
+        return self._program
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine."""
+        return self._engine
+
+    @property
+    def precision(self) -> str:
+        """Precision of the program that runs."""
+        return self.program.precision
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(t._version, t.data_ptr()) for t in self._watch]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run; takes and gives what the module takes and gives.
+
+        Raises:
+            InputError: the inputs do not fit the captured graph.
+        """
+        if self._prepare is not None:
+            made = self._prepare((args, kwargs))
+            self.__dict__.update(made.__dict__)
+        if self._watch and self._versions() != self._state:
+            self.refresh()
+        assert self._runner is not None, "an executable without a runner has a prepare step"
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        if tree != self._in_tree:
+            raise InputError(self.program.misfit(args, kwargs) or f"the inputs must nest as {self._in_tree}.")
+        with torch.no_grad():
+            try:
+                outputs = self._runner(leaves)
+            except Exception as e:
+                if misfit := self.program.misfit(args, kwargs):
+                    raise InputError(misfit) from e
+                raise
+        results = iter(outputs)
+        filled = [next(results) if isinstance(slot, Node) else slot for slot in self._template]
+        return pytree.tree_unflatten(filled, self._out_tree)
+
+    def refresh(self) -> None:
+        """Compile again from the weights as they are now."""
+        self._runner = ENGINES.get(self._engine)().compile(self.program)
+        self._state = self._versions()
+        self.report.note("the weights were changed after compiling; compiled again")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write program, engine name and report to a directory, whole or not at all."""
+        with atomic.atomic_dir(path) as tmp:
+            self.program.save(tmp / "program.dr1")
+            self.report.save(tmp / "report.json")
+            atomic.write_json(tmp / _ABOUT, {"schema_version": SCHEMA_VERSION, "engine": self._engine})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Executable:
+        """Read what `save` wrote and compile it on the same engine.
+
+        Raises:
+            ArtifactError: damaged, altered or of a later version.
+            PluginError: the engine is not installed here.
+        """
+        root = Path(path)
+        atomic.recover_dir(root)
+        try:
+            about = json.loads((root / _ABOUT).read_text())
+            version, engine = about["schema_version"], about["engine"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise ArtifactError(f"{root} is no saved executable: {e}") from e
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise ArtifactError(f"{root} has schema version {version!r}; this release reads up to {SCHEMA_VERSION}.")
+        program = Program.load(root / "program.dr1")
+        runner = ENGINES.get(engine)().compile(program)
+        return cls(program, engine, runner, Report.load(root / "report.json"))
+
+    def __repr__(self) -> str:
+        what = "not captured yet" if self._program is None else f"{self._program.name}, {self.precision}"
+        return f"Executable({what}, engine={self._engine!r})"

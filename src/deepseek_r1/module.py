@@ -1,0 +1,133 @@
+"""`DSModule` and `load_model`: the façade that gives a module the verbs of the house. Knows not how the verbs work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .core import Budget, InputError, Report, open_artifact
+from .core.artifact import is_artifact
+from .deploy import export
+from .engines import Executable, optimize
+from .graph import Program, load_pt2
+from .models import SOURCES, load_factory, load_onnx
+
+
+class DSModule(torch.nn.Module):
+    """An `nn.Module` with `.optimize()`, `.export()` and `.report`. Subclass it, or wrap a module with `from_torch`.
+
+    Example:
+        >>> net = DSModule.from_torch(torch.nn.Linear(4, 2))
+        >>> fast = net.optimize(example_inputs=torch.randn(3, 4))
+        >>> net.report.title
+        'optimize Linear'
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._report: Report | None = None
+
+    @classmethod
+    def from_torch(cls, module: torch.nn.Module) -> DSModule:
+        """Wrap a module; parameters are shared and keep their names."""
+        return _Wrapped(module)
+
+    @classmethod
+    def from_onnx(cls, path: str | os.PathLike[str]) -> DSModule:
+        """Convert an ONNX file; checked against ONNX Runtime within 1e-5. See `models.load_onnx` for errors."""
+        return _Wrapped(load_onnx(path))
+
+    @property
+    def report(self) -> Report:
+        """The Report of the last verb.
+
+        Raises:
+            InputError: no verb was called yet.
+        """
+        report = self.__dict__.get("_report")
+        if report is None:
+            raise InputError("this module has no report yet; call .optimize() or .export() first.")
+        return report
+
+    def optimize(
+        self,
+        method: str = "static",
+        example_inputs: Any = None,
+        dataset: Iterable[Any] | None = None,
+        budget: Budget | None = None,
+    ) -> Executable:
+        """See `deepseek_r1.optimize`."""
+        executable = optimize(_bare(self), method, example_inputs, dataset, budget)
+        self._report = executable.report
+        return executable
+
+    def export(self, path: str | os.PathLike[str], **options: Any) -> Report:
+        """See `deepseek_r1.deploy.export`."""
+        self._report = export(_bare(self), path, **options)
+        return self._report
+
+
+class _Wrapped(DSModule):
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's, without a prefix."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Into the wrapped module."""
+        return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _bare(module: DSModule) -> torch.nn.Module:
+    return module.module if isinstance(module, _Wrapped) else module
+
+
+def load_model(spec: str | os.PathLike[str]) -> torch.nn.Module | Program:
+    """A model from where users keep it.
+
+    Args:
+        spec: `file.py:factory` (a function or class that gives a module), `model.onnx`, `program.pt2` (a captured
+            graph by torch.export.save), `program.dr1`, the directory of an Artifact, or `source:what` with a
+            registered source.
+
+    Raises:
+        InputError: none of these, or the file or factory is missing.
+        ArtifactError, UnsafeFileError: the file is damaged, or carries code.
+        PluginError: unknown source.
+    """
+    text = os.fspath(spec)
+    path = Path(text)
+    if is_artifact(path):
+        return load_onnx(open_artifact(path).model_path)
+    if ".py:" in text or text.endswith(".py"):
+        return load_factory(text)
+    readers = {".onnx": load_onnx, ".pt2": load_pt2, ".dr1": Program.load}
+    scheme, colon, rest = text.partition(":")
+    if path.suffix in readers and not (colon and scheme in SOURCES):
+        if not path.is_file():
+            raise InputError(f"{text} does not exist.")
+        found: torch.nn.Module | Program = readers[path.suffix](path)
+        return found
+    if colon and len(scheme) > 1:
+        loaded: torch.nn.Module = SOURCES.get(scheme)(rest)
+        return loaded
+    if path.suffix in (".pt", ".pth", ".safetensors", ".bin"):
+        raise InputError(
+            f"{text} holds weights without a model. Give the model as file.py:factory and these as its weights."
+        )
+    if path.is_dir():
+        raise InputError(f"{text} is a directory without a manifest.json, so it is no Artifact.")
+    raise InputError(
+        f"{text!r} is no model that can be loaded. Give file.py:factory, a .onnx, .pt2 or .dr1 file, the directory of "
+        f"an Artifact, or one of the sources {', '.join(SOURCES.names())} as source:name."
+    )

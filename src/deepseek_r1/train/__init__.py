@@ -1,0 +1,30 @@
+"""Training on one device: the step, the `Trainer` around it, its configuration, checkpoints, seeding.
+
+Knows data (batches) and deployment (for `Trainer.export`). Knows nothing about compression.
+"""
+
+from __future__ import annotations
+
+from ._callbacks import Callback, EarlyStopping
+from ._checkpoint import CheckpointError
+from ._config import TrainingConfig, resolve
+from ._objective import Objective
+from ._optim import decay_groups, lr_factor
+from ._rng import seed_everything
+from ._step import StepResult, train_step
+from ._trainer import Trainer
+
+__all__ = [
+    "Callback",
+    "CheckpointError",
+    "EarlyStopping",
+    "Objective",
+    "StepResult",
+    "Trainer",
+    "TrainingConfig",
+    "decay_groups",
+    "lr_factor",
+    "resolve",
+    "seed_everything",
+    "train_step",
+]

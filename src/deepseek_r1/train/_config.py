@@ -1,0 +1,229 @@
+"""`TrainingConfig`, and the function that settles everything left on "auto". Knows nothing about loops or data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..core import ConfigError, probe
+
+SCHEMA_VERSION = 1
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a `Trainer` trains. Frozen: derive another with `dataclasses.replace`.
+
+    Attributes:
+        micro_batch_size: samples in one forward and backward pass. A larger loader batch is split, and the
+            gradients are added up so that they equal those of the whole batch. None: the loader's batch.
+        gradient_accumulation_steps: loader batches for one optimizer step.
+        zero_stage: 0; sharded optimizer states need several devices.
+        precision: "fp32", "bf16" or "fp16" (mixed precision by autocast), "auto": where the hardware gains.
+        memory_gb: None; planning for a memory limit is not there yet.
+        checkpoint_interval: None; recomputing activations is not there yet.
+        compile: True runs the model through `torch.compile`; "auto" and False do not.
+        device: "auto" (the model's GPU, else the first GPU, else the CPU), "cpu", "cuda" or "cuda:N".
+        seed: given to `seed_everything` when a run starts. None leaves the random generators as they are.
+        deterministic: use only deterministic kernels while training.
+        schedule: "constant", "linear" (to zero) or "cosine" (to zero), over all steps of the run.
+        warmup: steps (an int) or a fraction of the run (a float below 1) in which the rate climbs from zero.
+        weight_decay: of the default optimizer; biases and norms are left out of it.
+        clip_grad_norm: largest allowed norm of all gradients together, or None.
+        early_stop_patience: stop after so many epochs without a better value; None: never.
+        early_stop_metric: a key of `Trainer.history` entries, also used to name the best epoch.
+        early_stop_mode: "min" or "max".
+        save_dir: directory for checkpoints; None: none are written.
+        save_every_steps: optimizer steps between checkpoints, or None.
+        save_every_epochs: epochs between checkpoints, or None.
+        keep_last: checkpoints to keep in save_dir, or None for all.
+        log_every: optimizer steps between points of the loss curve (`Trainer.losses`).
+
+    Raises:
+        ConfigError: a field has a value that is not allowed; the message says what is.
+
+    Example:
+        >>> TrainingConfig(micro_batch_size=8, schedule="cosine", warmup=0.1).schedule
+        'cosine'
+    """
+
+    micro_batch_size: int | None = None
+    gradient_accumulation_steps: int = 1
+    zero_stage: int = 0
+    precision: str = "auto"
+    memory_gb: float | str | None = None
+    checkpoint_interval: int | None = None
+    compile: bool | Literal["auto"] = "auto"
+    device: str = "auto"
+    seed: int | None = None
+    deterministic: bool = False
+    schedule: str = "constant"
+    warmup: int | float = 0
+    weight_decay: float = 0.01
+    clip_grad_norm: float | None = None
+    early_stop_patience: int | None = None
+    early_stop_metric: str = "val_loss"
+    early_stop_mode: str = "min"
+    save_dir: str | None = None
+    save_every_steps: int | None = None
+    save_every_epochs: int | None = 1
+    keep_last: int | None = 3
+    log_every: int = 10
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("gradient_accumulation_steps", "log_every"):
+            self._count(name)
+        for name in (
+            "micro_batch_size", "early_stop_patience", "save_every_steps", "save_every_epochs", "keep_last",
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                self._count(name)
+        self._one_of("precision", PRECISIONS)
+        self._one_of("schedule", SCHEDULES)
+        self._one_of("early_stop_mode", ("min", "max"))
+        self._later()
+        if self.compile not in (True, False, "auto"):
+            self._refuse("compile", "True, False or 'auto'")
+        if not isinstance(self.deterministic, bool):
+            self._refuse("deterministic", "True or False")
+        if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**32):
+            self._refuse("seed", "None or an integer from 0 to 2**32 - 1")
+        if not _is_number(self.weight_decay) or self.weight_decay < 0:
+            self._refuse("weight_decay", "a number >= 0")
+        if self.clip_grad_norm is not None and not (_is_number(self.clip_grad_norm) and self.clip_grad_norm > 0):
+            self._refuse("clip_grad_norm", "None or a number > 0")
+        self._check_warmup()
+        self._check_names()
+        if self.schema_version != SCHEMA_VERSION:
+            self._refuse("schema_version", f"{SCHEMA_VERSION}; update deepseek-r1 to read a later one")
+
+    def _refuse(self, name: str, allowed: str) -> None:
+        raise ConfigError(f"TrainingConfig({name}={getattr(self, name)!r}): the value must be {allowed}.")
+
+    def _count(self, name: str) -> None:
+        value = getattr(self, name)
+        if not _is_int(value) or value < 1:
+            self._refuse(name, "an integer >= 1")
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            self._refuse(name, "one of " + ", ".join(repr(a) for a in allowed))
+
+    def _check_warmup(self) -> None:
+        whole = _is_int(self.warmup) and self.warmup >= 0
+        part = isinstance(self.warmup, float) and 0 <= self.warmup < 1
+        if not (whole or part):
+            self._refuse("warmup", "a number of steps (integer >= 0) or a fraction of the run (float from 0 to below 1)")
+
+    def _check_names(self) -> None:
+        if not isinstance(self.early_stop_metric, str):
+            self._refuse("early_stop_metric", "a key of the history, such as 'val_loss'")
+        if self.save_dir is not None:
+            if not (isinstance(self.save_dir, str) or hasattr(self.save_dir, "__fspath__")):
+                self._refuse("save_dir", "None or the path of a directory")
+            object.__setattr__(self, "save_dir", str(self.save_dir))
+        if not isinstance(self.device, str | torch.device):
+            self._refuse("device", "'auto', 'cpu', 'cuda' or 'cuda:N'")
+        object.__setattr__(self, "device", str(self.device))
+
+    def _later(self) -> None:
+        if self.zero_stage != 0:
+            if self.zero_stage not in (1, 2, 3):
+                self._refuse("zero_stage", "0")
+            raise ConfigError(
+                f"TrainingConfig(zero_stage={self.zero_stage!r}): sharding over devices is not in this release, which "
+                "trains on one device; use zero_stage=0."
+            )
+        if self.memory_gb is not None:
+            raise ConfigError(
+                f"TrainingConfig(memory_gb={self.memory_gb!r}): planning for a memory limit is not in this release; "
+                "leave it out and lower micro_batch_size to use less memory."
+            )
+        if self.checkpoint_interval is not None:
+            raise ConfigError(
+                f"TrainingConfig(checkpoint_interval={self.checkpoint_interval!r}): recomputing activations is not in "
+                "this release; leave it out and lower micro_batch_size to use less memory. (Checkpoints on disk are "
+                "set by save_every_steps and save_every_epochs.)"
+            )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def resolve(config: TrainingConfig, model: nn.Module) -> tuple[TrainingConfig, dict[str, str]]:
+    """Settle every "auto" for this model on this machine: the new config, and the reason for each choice.
+
+    Raises:
+        ConfigError: the device is absent or of a kind this release does not train on.
+
+    Example:
+        >>> settled, reasons = resolve(TrainingConfig(device="cpu"), nn.Linear(2, 2))
+        >>> settled.device, settled.compile, sorted(reasons)
+        ('cpu', False, ['compile', 'precision'])
+    """
+    reasons: dict[str, str] = {}
+    device = config.device
+    if device == "auto":
+        device, reasons["device"] = _choose_device(model)
+    _check_device(device)
+    precision = config.precision
+    if precision == "auto":
+        precision, reasons["precision"] = _choose_precision(torch.device(device))
+    compiled = config.compile
+    if compiled == "auto":
+        compiled = False
+        reasons["compile"] = "False: compiling costs minutes before the first step; set compile=True for long runs"
+    return replace(config, device=device, precision=precision, compile=compiled), reasons
+
+
+def _choose_device(model: nn.Module) -> tuple[str, str]:
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.device.type == "cuda":
+        return str(parameter.device), f"{parameter.device}: the model is there"
+    if torch.cuda.is_available():
+        return "cuda", f"cuda: {torch.cuda.get_device_name()} was found"
+    return "cpu", "cpu: torch finds no CUDA GPU"
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise ConfigError(f"TrainingConfig(device={name!r}): one of 'auto', 'cpu', 'cuda', 'cuda:N' is needed.") from e
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"TrainingConfig(device={name!r}): this release trains on 'cpu' or one 'cuda' device.")
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise ConfigError(
+            f"TrainingConfig(device={name!r}): torch finds {torch.cuda.device_count()} CUDA GPUs. Use device='cpu', or "
+            "run `ds-doctor` to see why the GPU is missing."
+        )
+
+
+def _choose_precision(device: torch.device) -> tuple[str, str]:
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "bf16: this GPU has bf16 tensor cores; weights and optimizer states stay fp32"
+        if torch.cuda.get_device_capability(device) >= (7, 0):
+            return "fp16", "fp16 with a gradient scaler: this GPU has fp16 but no bf16 tensor cores"
+        return "fp32", "fp32: this GPU has no tensor cores, so half precision gains nothing"
+    isa = probe().isa
+    if "amx_bf16" in isa:
+        return "bf16", "bf16: this CPU has AMX tiles for bf16; weights and optimizer states stay fp32"
+    if "avx512_bf16" in isa:
+        return "fp32", (
+            "fp32: without AMX tiles the gain from bf16 depends on the model and costs digits; this CPU has "
+            "avx512_bf16, so precision='bf16' is worth a try"
+        )
+    return "fp32", "fp32: this CPU has no bf16 units"

@@ -1,0 +1,140 @@
+"""One pass over a loader, in windows of batches, that can begin in the middle exactly as it was before.
+
+Knows loaders and random generators. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ..core import InputError
+from ._rng import loader_state, rng_state, set_loader_state, set_rng_state
+
+
+def epoch_start(loader: Any, device: torch.device) -> dict[str, Any]:
+    """Everything that decides which batches the next pass gives: taken before it begins."""
+    return {
+        "rng": rng_state(device),
+        "loader": loader_state(loader),
+        # Living workers do not draw a new base seed, which shifts every later draw.
+        "workers_alive": getattr(loader, "_iterator", None) is not None,
+    }
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place within an epoch to go on from.
+
+    Attributes:
+        start: what `epoch_start` gave when the epoch began, or was about to.
+        skip: batches that were already taken.
+        rng: states of the global generators at the place.
+    """
+
+    start: dict[str, Any]
+    skip: int
+    rng: dict[str, Any]
+
+
+def batches(loader: Any, epoch: int, device: torch.device, place: Place | None = None) -> Iterator[Any]:
+    """The batches of epoch number `epoch` (from 0), from `place` on if it is given.
+
+    To reach the place, the generators are set to the epoch's start and the batches before it are drawn and thrown
+    away. What is replayed exactly: every order that is drawn from torch's, numpy's or python's global generators
+    when the pass begins, or at any time from generators that belong to the loader or its samplers; and workers' own
+    randomness, unless the workers outlive the epoch.
+
+    Raises:
+        InputError: the loader fails, or gives fewer batches than were taken from it before.
+    """
+    if place is not None:
+        if place.start["workers_alive"] and getattr(loader, "_iterator", None) is None:
+            iter(loader)
+        set_rng_state(place.start["rng"], device)
+        set_loader_state(loader, place.start["loader"])
+    for owner in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        if hasattr(owner, "set_epoch"):
+            owner.set_epoch(epoch)
+    iterator = _failing_clearly(loader, epoch)
+    if place is None or place.skip == 0:
+        return iterator
+    for done in range(place.skip):
+        if next(iterator, iterator) is iterator:
+            raise InputError(
+                f"the checkpoint was written after batch {place.skip} of epoch {epoch + 1}, but the loader gives only "
+                f"{done} batches; resume with the data and the batch size that the run began with."
+            )
+    set_rng_state(place.rng, device)
+    return iterator
+
+
+def _failing_clearly(loader: Any, epoch: int) -> Iterator[Any]:
+    number = 0
+    try:
+        for batch in loader:
+            number += 1
+            yield batch
+    except (InputError, GeneratorExit):
+        raise
+    except Exception as e:
+        raise InputError(
+            f"the loader failed while making batch {number + 1} of epoch {epoch + 1}: {_first_line(e)}. Every sample of "
+            "a batch must have the same shape (pad or crop them, or give the loader a collate_fn); the error above "
+            "says where it began."
+        ) from e
+
+
+def _first_line(e: Exception) -> str:
+    lines = [line for line in str(e).strip().splitlines() if line.strip()]
+    # Errors out of a worker process carry their whole traceback; the last line is the error.
+    text = lines[-1] if lines and "worker process" in lines[0] else (lines[0] if lines else "")
+    return f"{type(e).__name__}: {text}" if text else type(e).__name__
+
+
+def windows(iterator: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` batches; the last one may be shorter.
+
+    Example:
+        >>> list(windows(iter("abc"), 2))
+        [['a', 'b'], ['c']]
+    """
+    while window := list(islice(iterator, size)):
+        yield window
+
+
+def steps_in_epoch(loader: Any, size: int) -> int | None:
+    """Windows of `size` batches in one pass, or None if the loader has no length.
+
+    Raises:
+        InputError: the loader is empty.
+    """
+    try:
+        count = len(loader)
+    except TypeError:
+        return None
+    if count == 0:
+        raise empty_loader(loader)
+    return -(-count // size)
+
+
+def empty_loader(loader: Any) -> InputError:
+    """The error for a loader that gives no batch, with the likely cause."""
+    try:
+        samples: int | None = len(loader.dataset)
+    except (AttributeError, TypeError):
+        samples = None
+    if samples and getattr(loader, "drop_last", False):
+        return InputError(
+            f"the loader gives no batches: drop_last=True drops the only one, as the dataset has {samples} samples and "
+            f"the batch size is {loader.batch_size}. Use drop_last=False or a smaller batch."
+        )
+    if samples == 0:
+        return InputError("the loader gives no batches: its dataset is empty (0 samples). Check the path or the split.")
+    return InputError(
+        "the loader gives no batches. If it is a generator it can be read only once: give a DataLoader or a list."
+    )

@@ -1,0 +1,203 @@
+"""The loss and the metrics, chosen by a stated rule where the user gives none. Knows nothing about loops.
+
+The rule, in this order:
+1. the model's output has a `loss` (an attribute or a dict entry): that;
+2. integer labels, and outputs with one dimension more (classes in dimension 1): cross entropy;
+3. boolean labels of the outputs' shape: binary cross entropy with logits;
+4. floating labels of the outputs' shape: mean squared error;
+5. anything else: an InputError that lists shapes and types.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core import InputError
+
+LossFunction = Callable[[Any, Any], Tensor]
+IGNORED_CLASS = -100
+
+
+class Objective:
+    """The loss of a model on a batch: the user's function, or the rule's choice made at the first batch.
+
+    Attributes:
+        name: what the loss is, once it is known.
+        reason: why, if the rule chose it; empty if the user did.
+
+    Example:
+        >>> objective = Objective(nn.Linear(4, 3))
+        >>> loss, output = objective(nn.Linear(4, 3), (torch.zeros(2, 4),), {}, torch.tensor([0, 2]))
+        >>> objective.name, tuple(output.shape)
+        ('cross entropy', (2, 3))
+    """
+
+    def __init__(self, model: nn.Module, loss: LossFunction | None = None) -> None:
+        if loss is not None and not callable(loss):
+            raise InputError(f"loss={loss!r}: a function of (outputs, labels) is needed, such as nn.CrossEntropyLoss().")
+        self._loss = loss
+        self.reason = ""
+        self.name = "" if loss is None else getattr(loss, "__name__", type(loss).__name__)
+        # A model in the manner of transformers computes its own loss when it is given the labels.
+        self._wants_labels = loss is None and "labels" in inspect.signature(model.forward).parameters
+
+    def __call__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any
+    ) -> tuple[Tensor, Any]:
+        """Run `forward` and give (loss, output). The loss is the mean over the batch's samples.
+
+        Raises:
+            InputError: no rule fits, or the loss is no scalar.
+        """
+        if self._wants_labels and labels is not None:
+            kwargs = {**kwargs, "labels": labels}
+        output = forward(*args, **kwargs)
+        if self._loss is None:
+            self._loss, self.name, self.reason = choose_loss(output, labels)
+        loss = self._loss(output, labels)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(f"the loss ({self.name}) gave {what}; a scalar tensor is needed (reduction='mean').")
+        return loss.reshape(()), output
+
+
+def own_loss(output: Any) -> Tensor | None:
+    """The loss that a model's output carries, or None."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) else None
+
+
+def prediction(output: Any) -> Any:
+    """The tensor of an output that labels are compared with: the output itself, or its `logits`."""
+    if isinstance(output, Tensor):
+        return output
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+
+
+def choose_loss(output: Any, labels: Any) -> tuple[LossFunction, str, str]:
+    """The default loss for this output and these labels: (function, name, reason).
+
+    Raises:
+        InputError: no rule fits; the message lists shapes and types.
+
+    Example:
+        >>> choose_loss(torch.zeros(2, 3), torch.zeros(2, 3))[1]
+        'mean squared error'
+    """
+    if own_loss(output) is not None:
+        return lambda output, _: _present(own_loss(output)), "the model's own loss", "the model's output has a loss"
+    if labels is None:
+        raise InputError(
+            "the batches have no labels and the model's output has no loss. Let the loader give (inputs, labels) or a "
+            "dict with 'labels', or pass loss= a function of (outputs, labels)."
+        )
+    kind, shape = _label_kind(prediction(output), labels)
+    if kind == "class":
+        _check_classes(prediction(output), labels)
+        return (
+            lambda output, labels: F.cross_entropy(prediction(output), labels.long()),
+            "cross entropy",
+            f"integer labels {shape} and outputs with one dimension more (the classes, in dimension 1)",
+        )
+    if kind == "bool":
+        return (
+            lambda output, labels: F.binary_cross_entropy_with_logits(prediction(output), labels.to(output_type(output))),
+            "binary cross entropy with logits",
+            f"boolean labels of the outputs' shape {shape}",
+        )
+    if kind == "float":
+        return (
+            lambda output, labels: F.mse_loss(prediction(output), labels.to(output_type(output))),
+            "mean squared error",
+            f"floating labels of the outputs' shape {shape}",
+        )
+    raise InputError(
+        f"no default loss fits outputs {_describe(output)} with labels {_describe(labels)}. Pass loss= a function of "
+        "(outputs, labels), or give integer labels with outputs (N, classes, ...), or labels of the outputs' shape."
+        + _hint(prediction(output), labels)
+    )
+
+
+def output_type(output: Any) -> torch.dtype:
+    """The floating type of a prediction; labels are brought to it."""
+    return prediction(output).dtype
+
+
+def _present(loss: Tensor | None) -> Tensor:
+    if loss is None:
+        raise InputError("the model's output had a loss before and has none now; give labels in every batch.")
+    return loss
+
+
+def _label_kind(output: Any, labels: Any) -> tuple[str, tuple[int, ...]]:
+    """"class", "bool", "float" or "" for an output and its labels, with the labels' shape."""
+    if not isinstance(output, Tensor) or not isinstance(labels, Tensor) or not output.is_floating_point():
+        return "", ()
+    shape = tuple(labels.shape)
+    if labels.dtype == torch.bool or labels.is_floating_point():
+        kind = "bool" if labels.dtype == torch.bool else "float"
+        return (kind if output.shape == labels.shape else ""), shape
+    same = output.ndim == labels.ndim + 1 and output.shape[:1] == labels.shape[:1]
+    whole = not labels.is_complex() and same and output.shape[2:] == labels.shape[1:]
+    return ("class" if whole else ""), shape
+
+
+def _check_classes(output: Tensor, labels: Tensor) -> None:
+    # On a GPU a label out of range kills the process's CUDA context; so the first batch is looked at here.
+    kept = labels[labels != IGNORED_CLASS]
+    if kept.numel() and not (0 <= int(kept.min()) and int(kept.max()) < output.shape[1]):
+        raise InputError(
+            f"class labels from {int(kept.min())} to {int(kept.max())} were given, but the model's outputs "
+            f"{tuple(output.shape)} have {output.shape[1]} classes (0 to {output.shape[1] - 1})."
+        )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(_describe(v) for v in value) + ")"
+    return type(value).__name__
+
+
+def _hint(output: Any, labels: Any) -> str:
+    if not isinstance(output, Tensor) or not isinstance(labels, Tensor):
+        return ""
+    if output.numel() == labels.numel() and output.shape != labels.shape:
+        return f" The two hold equally many numbers: reshape the labels to {tuple(output.shape)}."
+    if labels.ndim == output.ndim and labels.ndim > 1 and labels.shape[1] == 1:
+        return " The labels have a dimension of length 1 too many: labels.squeeze(1)."
+    return ""
+
+
+def default_metrics(output: Any, labels: Any) -> dict[str, LossFunction]:
+    """Accuracy for class and boolean labels, mean absolute error for floating ones, otherwise nothing.
+
+    Example:
+        >>> metrics = default_metrics(torch.zeros(2, 3), torch.tensor([0, 1]))
+        >>> float(metrics["accuracy"](torch.eye(3)[:2], torch.tensor([0, 2])))
+        0.5
+    """
+    kind, _ = _label_kind(prediction(output), labels)
+    if kind == "class" and (own_loss(output) is None or labels.ndim == 1):
+        return {"accuracy": accuracy}
+    if kind == "bool":
+        return {"accuracy": lambda output, labels: ((prediction(output) > 0) == labels).float().mean()}
+    if kind == "float":
+        return {"mae": lambda output, labels: (prediction(output).float() - labels.float()).abs().mean()}
+    return {}
+
+
+def accuracy(output: Any, labels: Tensor) -> Tensor:
+    """Share of labels that equal the largest output (classes in dimension 1); labels of -100 do not count."""
+    hit = prediction(output).argmax(dim=1) == labels
+    kept = labels != IGNORED_CLASS
+    return (hit & kept).sum() / kept.sum().clamp(min=1)

@@ -1,0 +1,192 @@
+"""One optimizer step as a plain function: forward, backward, check, update. Knows nothing about epochs or files."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..data._batch import batch_size, slice_batch, to_device, unpack_batch
+from ._objective import Objective
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: mean loss over the samples, a scalar on the training device, detached.
+        samples: samples in all batches of the step.
+        bad: whether the loss or a gradient was not finite: a bool where that is known, on a GPU a scalar tensor
+            that may still be in the making. The parameters were not changed if it is true.
+    """
+
+    loss: Tensor
+    samples: int
+    bad: bool | Tensor
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a forward pass runs at "fp32", "bf16" or "fp16"."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_DTYPES[precision])
+
+
+def accumulate(
+    forward: Callable[..., Any],
+    objective: Objective,
+    batches: Sequence[Any],
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+    micro_batch_size: int | None = None,
+    scale: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, int]:
+    """Forward and backward over all batches; adds the gradients of the mean loss over all their samples.
+
+    Each micro-batch's loss is weighted with its share of the samples, so that the sum is the gradient of one big
+    batch, whatever the pieces' sizes (for a loss that is a mean over samples, in a model that treats samples
+    independently; batch norm does not).
+
+    Returns:
+        The mean loss (detached scalar) and the number of samples.
+    """
+    parts = [unpack_batch(batch) for batch in batches]
+    sizes = [batch_size(part) for part in parts]
+    total = sum(sizes)
+    sum_loss: Tensor | None = None
+    for part, size in zip(parts, sizes, strict=True):
+        for start in range(0, size, micro_batch_size or size):
+            stop = min(start + (micro_batch_size or size), size)
+            piece = part if stop - start == size else slice_batch(part, start, stop)
+            args, kwargs, labels = to_device(piece, device)
+            with autocast(device, precision):
+                loss, _ = objective(forward, args, kwargs, labels)
+            share = (stop - start) / total
+            weighted = loss if share == 1.0 else loss * share
+            (weighted if scale is None else scale(weighted)).backward()
+            sum_loss = weighted.detach() if sum_loss is None else sum_loss + weighted.detach()
+    assert sum_loss is not None, "a step needs at least one batch"
+    return sum_loss, total
+
+
+def train_step(
+    model: Callable[..., Any],
+    batches: Sequence[Any],
+    optimizer: Optimizer,
+    objective: Objective,
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    micro_batch_size: int | None = None,
+    clip_grad_norm: float | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    before_update: Callable[[], None] | None = None,
+) -> StepResult:
+    """One optimizer step on `batches`: clears gradients, runs forward and backward, updates if all is finite.
+
+    Args:
+        model: the module, or what `torch.compile` made of it.
+        batches: loader batches (see `deepseek_r1.data.unpack_batch`) that make up the step.
+        micro_batch_size: samples per forward pass; larger batches are split.
+        clip_grad_norm: largest allowed norm of all gradients together.
+        scaler: for precision "fp16": an overflowing gradient then skips the update and lowers the scale.
+        before_update: called once after the backward passes, before the parameters change; may raise.
+
+    Raises:
+        InputError: a batch that is ragged or empty, or no loss fits.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> batch = (torch.ones(3, 4), torch.tensor([0, 1, 1]))
+        >>> result = train_step(model, [batch], optimizer, Objective(model))
+        >>> result.samples, result.bad
+        (3, False)
+    """
+    place = torch.device(device)
+    optimizer.zero_grad(set_to_none=True)
+    loss, samples = accumulate(
+        model, objective, batches, device=place, precision=precision, micro_batch_size=micro_batch_size,
+        scale=None if scaler is None else scaler.scale,
+    )  # fmt: skip
+    if before_update is not None:
+        before_update()
+    if scaler is not None:
+        _scaled_update(optimizer, scaler, clip_grad_norm)
+        # With a non-finite loss every gradient is, and the scaler has skipped the update.
+        bad: bool | Tensor = ~torch.isfinite(loss)
+        return StepResult(loss, samples, bool(bad) if place.type == "cpu" else bad)
+    bad = _not_finite(loss, _parameters(optimizer), clip_grad_norm)
+    return StepResult(loss, samples, guarded_update(optimizer, bad))
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _scaled_update(optimizer: Optimizer, scaler: torch.amp.GradScaler, clip: float | None) -> None:
+    if clip is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(_parameters(optimizer), clip)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def _not_finite(loss: Tensor, parameters: list[nn.Parameter], clip: float | None) -> bool | Tensor:
+    """Whether the loss or any gradient is not finite. Reads the device only if it is the CPU."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if clip is not None:
+        total = nn.utils.clip_grad_norm_(parameters, clip)
+    elif loss.device.type == "cpu":
+        # A plain sum is the cheapest thing that every nan and inf survives; elements need no look of their own.
+        return not (math.isfinite(loss.item()) and all(math.isfinite(_sum(g).item()) for g in grads))
+    else:
+        total = nn.utils.get_total_norm(grads)
+    bad = ~torch.isfinite(loss.float() + total.to(loss.device).float())
+    return bool(bad) if loss.device.type == "cpu" else bad
+
+
+def _sum(grad: Tensor) -> Tensor:
+    # Sums of half-precision numbers may overflow where the numbers do not.
+    return grad.sum(dtype=torch.float32) if grad.dtype in (torch.float16, torch.bfloat16) else grad.sum()
+
+
+def guarded_update(optimizer: Optimizer, bad: bool | Tensor) -> bool | Tensor:
+    """`optimizer.step()` unless `bad`; gives `bad` back.
+
+    Fused CUDA optimizers take the verdict on the device (the door that torch's GradScaler uses), so that the host
+    need not wait for it. Others cost one wait per step.
+    """
+    on_device = isinstance(bad, Tensor) and bad.device.type == "cuda" and _skips_on_device(optimizer)
+    if on_device:
+        assert isinstance(bad, Tensor)
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
+        return bad
+    if not bool(bad):
+        optimizer.step()
+        return False
+    return True
+
+
+def _skips_on_device(optimizer: Optimizer) -> bool:
+    fused: Iterable[Any] = (group.get("fused") for group in optimizer.param_groups)
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(fused)
+
+
+def make_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler | None:
+    """The gradient scaler that "fp16" needs; None otherwise."""
+    return torch.amp.GradScaler(device.type) if precision == "fp16" else None

@@ -1,0 +1,523 @@
+"""`Trainer`: steps put together into epochs, with evaluation, callbacks, checkpoints and a Report.
+
+Every part is a plain function or small class in the modules beside this one. Knows nothing about compression.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import deploy
+from ..core import ArtifactError, ConfigError, InputError, NonFiniteLossError, Report, progress
+from ..data._batch import batch_size, slice_batch, unpack_batch
+from . import _checkpoint as disk
+from ._callbacks import Callback, EarlyStopping, call, check_callbacks, overriding
+from ._config import TrainingConfig, resolve
+from ._diagnose import first_non_finite
+from ._epoch import Place, batches, empty_loader, epoch_start, steps_in_epoch, windows
+from ._evaluate import evaluate, mode, predict
+from ._interrupt import Interrupts
+from ._objective import LossFunction, Objective
+from ._optim import OptimizerLike, lr_factor, make_optimizer
+from ._progress import Progress
+from ._rng import (
+    deterministic_kernels,
+    loader_state,
+    preserved_rng,
+    rng_state,
+    seed_everything,
+    set_loader_state,
+    set_rng_state,
+)
+from ._step import make_scaler, train_step
+from ._summary import summarise
+
+#: Fields of the configuration that change no number of a run, so that a resumed run may differ in them.
+_HARMLESS = {"save_dir", "save_every_steps", "save_every_epochs", "keep_last", "log_every"}
+_EXAMPLE_SAMPLES = 8
+
+
+class Trainer:
+    """Trains a model in place on one device (CPU or one CUDA GPU).
+
+    The model is moved to the device when the Trainer is made and its parameters are changed by `train`; no copy is
+    made. Its modules' training and evaluation modes are put back after every verb.
+
+    Args:
+        model: any `nn.Module`.
+        train_loader: a DataLoader or any iterable of batches that can be read once per epoch. A batch is
+            `(inputs, labels)`, a dict with an optional "labels" entry, or inputs alone (see
+            `deepseek_r1.data.unpack_batch`).
+        val_loader: the same, for `evaluate` and for the validation after each epoch.
+        lr: learning rate of the default optimizer, or of an optimizer given as a class.
+        config: see `TrainingConfig`. What it leaves on "auto" is settled here, once; `Trainer.config` is the result.
+        loss: a function of (outputs, labels) that gives the mean over the batch. None: chosen at the first batch
+            (the model's own loss, cross entropy, binary cross entropy or mean squared error; see docs/training.md).
+        optimizer: None (AdamW), an optimizer, its class, or a function parameters -> optimizer.
+        callbacks: instances of `Callback`.
+        metrics: name -> function of (outputs, labels), used in evaluation. None: chosen like the loss.
+
+    Raises:
+        ConfigError, InputError: an argument cannot be used; the message says what can.
+
+    Example:
+        >>> data = [(torch.randn(8, 4), torch.randint(0, 2, (8,))) for _ in range(3)]
+        >>> trainer = Trainer(nn.Linear(4, 2), data, data, lr=1e-2)
+        >>> report = trainer.train(epochs=2)
+        >>> report["steps"].after, len(trainer.history)
+        (6, 2)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None = None,
+        lr: float = 2e-5,
+        config: TrainingConfig | None = None,
+        loss: LossFunction | None = None,
+        optimizer: OptimizerLike | None = None,
+        callbacks: Iterable[Callback] = (),
+        metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"Trainer(model={type(model).__name__}): an nn.Module is needed.")
+        given = TrainingConfig() if config is None else config
+        if not isinstance(given, TrainingConfig):
+            raise ConfigError(f"Trainer(config={type(given).__name__}): a TrainingConfig is needed.")
+        self.config, self._reasons = resolve(given, model)
+        self.device = torch.device(self.config.device)
+        self.model = model.to(self.device)
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.metrics = metrics
+        self.optimizer, self._reasons["optimizer"] = make_optimizer(model, lr, self.config, optimizer)
+        self.callbacks = check_callbacks(callbacks)
+        if self.config.early_stop_patience is not None:
+            c = self.config
+            self.callbacks.insert(0, EarlyStopping(c.early_stop_patience, c.early_stop_metric, c.early_stop_mode))
+        self.resumed = False
+        self._objective = Objective(model, loss)
+        self._forward: Callable[..., Any] = torch.compile(model) if self.config.compile else model
+        self._scaler = make_scaler(self.device, self.config.precision)
+        self._base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._progress = Progress()
+        self._place: Place | None = None
+        self._epoch_start: dict[str, Any] | None = None
+        self._pending: tuple[Tensor, Any, int, list[Any]] | None = None
+        self._whole = True
+        self._saved_step: int | None = None
+        self._skipped: list[tuple[str, str]] = []
+        self._interrupts = Interrupts()
+
+    # What callbacks and users read.
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._progress.step
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return self._progress.epoch
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dict per finished epoch: epoch, step, lr, train_loss, val_<metric>..., seconds."""
+        return self._progress.history
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """The loss curve: (step, mean training loss since the point before), every `log_every` steps."""
+        self._progress.read()
+        return self._progress.points  # type: ignore[return-value]
+
+    # The verbs.
+
+    def train(self, epochs: int = 3) -> Report:
+        """Train for `epochs` epochs; after `resume`, up to `epochs` epochs counted from the run's beginning.
+
+        Called again without `resume` it begins a new run with the model and optimizer as they are. With a `save_dir`
+        checkpoints are written as configured, and one at the end.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient is not finite. The step's update was not applied.
+            InputError: the loader is empty, a batch is ragged, no default loss fits, a callback failed.
+            CheckpointError: the disk refuses a checkpoint; earlier ones stand.
+            KeyboardInterrupt: Ctrl-C. The step is finished and a checkpoint written first, if there is a `save_dir`.
+        """
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+            raise ConfigError(f"train(epochs={epochs!r}): an integer >= 1 is needed.")
+        per_epoch = steps_in_epoch(self.train_loader, self.config.gradient_accumulation_steps)
+        total = None if per_epoch is None else per_epoch * epochs
+        lr_factor(0, total, self.config.schedule, self.config.warmup)
+        self._check_micro_batch()
+        self._begin_run()
+        last_epoch = self._progress.first_epoch + epochs
+        with ExitStack() as stack:
+            self._interrupts = stack.enter_context(Interrupts())
+            stack.enter_context(mode(self.model, True))
+            stack.enter_context(deterministic_kernels(self.config.deterministic))
+            advance = stack.enter_context(progress.bar("training", total))
+            advance(self.step - self._progress.first_step, "")
+            try:
+                call(overriding(self.callbacks, "on_train_start"), "on_train_start", self)
+                while self.epoch < last_epoch and not self._progress.stopped:
+                    self._run_epoch(total, advance)
+                if self.config.save_dir is not None and self._saved_step != self.step:
+                    self.save()
+                call(overriding(self.callbacks, "on_train_end"), "on_train_end", self)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(self._interrupted()) from None
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+                self.resumed = False
+        return self._report()
+
+    def evaluate(self, loader: Iterable[Any] | None = None) -> dict[str, float]:
+        """Mean loss and metrics on a loader (default: `val_loader`), in evaluation and inference mode.
+
+        Draws nothing from the global generators, so that training goes on as if it had not happened.
+
+        Raises:
+            InputError: there is no loader, it is empty, or its batches do not fit.
+        """
+        source = self.val_loader if loader is None else loader
+        if source is None:
+            raise InputError("evaluate() needs a loader: give one, or make the Trainer with val_loader=.")
+        self._settle()
+        return evaluate(
+            self.model, source, self._objective, self.metrics, device=self.device, precision=self.config.precision
+        )
+
+    def predict(self, loader: Iterable[Any]) -> Any:
+        """The model's outputs for a whole loader, concatenated on the CPU (labels in the batches are ignored)."""
+        self._settle()
+        return predict(self.model, loader, device=self.device, precision=self.config.precision)
+
+    def export(self, path: str | os.PathLike[str], **options: Any) -> Report:
+        """Write the model for deployment (`model.onnx`, or a directory for an Artifact) through `deploy.export`.
+
+        Example inputs are taken from the first batch of `val_loader` (or `train_loader`).
+
+        Args:
+            **options: as for `deepseek_r1.deploy.export` (target, example_inputs, dataset, labels, preprocessing, name).
+        """
+        self._settle()
+        if options.get("example_inputs") is None:
+            options["example_inputs"] = self._example_inputs()
+        place = next(self.model.parameters()).device
+        with mode(self.model, False), preserved_rng(self.device):
+            try:
+                return deploy.export(self.model.cpu(), path, **options)
+            finally:
+                self.model.to(place)
+
+    def stop(self, reason: str = "stop() was called") -> None:
+        """End the run after the present step (from a callback)."""
+        self._progress.stopped = reason
+
+    # Checkpoints.
+
+    def save(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Write a checkpoint from which `resume` goes on exactly; whole or not at all.
+
+        Args:
+            path: a new directory for it. None: under its step's name in `config.save_dir`, of whose checkpoints
+                all but the last `keep_last` are then deleted.
+
+        Raises:
+            ConfigError: neither a path nor a save_dir.
+            CheckpointError: the file system refuses.
+            InputError: called in the middle of a step, or the state holds what no checkpoint can.
+        """
+        if path is None and self.config.save_dir is None:
+            raise ConfigError("save() needs a path, or TrainingConfig(save_dir=...).")
+        self._settle()
+        if not self._whole:
+            raise InputError(
+                "the last step did not end, so the state is not whole and cannot be saved for an exact resumption; "
+                "resume() from the last checkpoint. (The weights alone: torch.save(model.state_dict(), ...).)"
+            )
+        folder = Path(self.config.save_dir or ".")
+        target = Path(path) if path is not None else folder / disk.checkpoint_name(self.step)
+        disk.write_checkpoint(target, self.model.state_dict(), self._state(), self.step)
+        if path is None:
+            self._saved_step = self.step
+            disk.prune(folder, self.config.keep_last, self.step)
+        return target
+
+    def resume(self, path: str | os.PathLike[str] | None = None, *, missing_ok: bool = False) -> Path | None:
+        """Load a checkpoint; the next `train(epochs)` goes on from it to the run's end, to the bit on a CPU.
+
+        Args:
+            path: a checkpoint, or a directory of them (default: `config.save_dir`), of which the latest whole one is
+                taken. Damaged ones are named in the next Report.
+            missing_ok: give None where a directory has no checkpoint yet, instead of an error.
+
+        Raises:
+            ArtifactError: the checkpoint is damaged, or all in the directory are; the file is named.
+            InputError: there is none, or it is of another model or optimizer.
+        """
+        if path is None and self.config.save_dir is None:
+            raise ConfigError("resume() needs a path, or TrainingConfig(save_dir=...).")
+        folder = Path(path if path is not None else self.config.save_dir or ".")
+        refused: dict[Path, str] = {}
+        found: Path | None = folder
+        if not disk.is_checkpoint(folder):
+            found, refused = disk.latest(folder)
+        if found is None and refused:
+            raise ArtifactError("no checkpoint can be used: " + " ".join(refused.values()))
+        if found is None:
+            if missing_ok:
+                return None
+            raise InputError(f"there is no checkpoint in {folder}; give the directory that a run wrote, or begin with train().")
+        model_state, state = disk.read_checkpoint(found)
+        self._load(found, model_state, state)
+        self._skipped = [(str(bad), why) for bad, why in refused.items()]
+        return found
+
+    def _state(self) -> dict[str, Any]:
+        between_epochs = self._epoch_start is None
+        return {
+            "progress": self._progress.to_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "base_lrs": self._base_lrs,
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "rng": rng_state(self.device),
+            "epoch_start": epoch_start(self.train_loader, self.device) if between_epochs else self._epoch_start,
+            "val_loader": None if self.val_loader is None else loader_state(self.val_loader),
+            "callbacks": [{"class": type(c).__name__, "state": c.state_dict()} for c in self.callbacks],
+            "config": asdict(self.config),
+        }
+
+    def _load(self, path: Path, model_state: dict[str, Any], state: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(model_state)
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as e:
+            raise InputError(f"{path} is of another model or optimizer: {e}") from e
+        if self._scaler is not None and state["scaler"] is not None:
+            self._scaler.load_state_dict(state["scaler"])
+        self._base_lrs = state["base_lrs"]
+        self._progress = Progress.from_dict(state["progress"])
+        self._place = Place(state["epoch_start"], self._progress.batch, state["rng"])
+        if self.val_loader is not None and state["val_loader"] is not None:
+            set_loader_state(self.val_loader, state["val_loader"])
+        self._skipped = []
+        for i, saved in enumerate(state["callbacks"]):
+            if i < len(self.callbacks) and type(self.callbacks[i]).__name__ == saved["class"]:
+                self.callbacks[i].load_state_dict(saved["state"])
+            else:
+                self._skipped.append((f"state of callback {saved['class']}", "the resumed Trainer has no such callback"))
+        self._reasons["resumed"] = f"from {path.name} (step {self.step})"
+        now = asdict(self.config)
+        changed = [k for k, v in state["config"].items() if k not in _HARMLESS and now.get(k) != v]
+        if changed:
+            self._reasons["resumed"] += f"; changed since, so not an exact continuation: {', '.join(changed)}"
+        self._pending, self._whole, self.resumed, self._saved_step = None, True, True, self.step
+
+    # The run.
+
+    def _begin_run(self) -> None:
+        self._whole, self._pending = True, None
+        if self.resumed:
+            assert self._place is not None, "resume() sets the place"
+            set_rng_state(self._place.rng, self.device)
+        else:
+            self._reasons.pop("resumed", None)
+            self._place, self._epoch_start = None, None
+            self._progress.begin_run()
+            if self.config.seed is not None:
+                seed_everything(self.config.seed)
+        if self.config.save_dir is not None:
+            refused = {Path(name) for name, _ in self._skipped}
+            folder = Path(self.config.save_dir)
+            later = [p for step, p in disk.checkpoints(folder).items() if step > self.step and p not in refused]
+            if later:
+                raise ConfigError(
+                    f"save_dir has checkpoints of another run, up to {later[-1]}, beyond this one's step {self.step}. "
+                    "Call trainer.resume() to go on from the latest, or give an empty save_dir."
+                )
+
+    def _check_micro_batch(self) -> None:
+        size = getattr(self.train_loader, "batch_size", None)
+        micro = self.config.micro_batch_size
+        if micro is not None and isinstance(size, int) and micro > size:
+            raise _too_large(micro, size)
+
+    def _run_epoch(self, total: int | None, advance: Callable[[int, str], None]) -> None:
+        state, place = self._progress, self._place
+        if place is None:
+            state.begin_epoch()
+            self._epoch_start = epoch_start(self.train_loader, self.device)
+        else:
+            self._epoch_start = place.start
+        self._place = None
+        after_step = overriding(self.callbacks, "on_step_end")
+        stream = batches(self.train_loader, self.epoch, self.device, place)
+        began, drawn, unshown = time.perf_counter(), 0.0, 0
+        self._whole = False
+        for window in windows(stream, self.config.gradient_accumulation_steps):
+            self._one_step(window, total, began)
+            began = time.perf_counter()
+            call(after_step, "on_step_end", self)
+            self._whole = True
+            unshown += 1
+            if began - drawn > 0.1:
+                advance(unshown, "")
+                drawn, unshown = began, 0
+            if self.config.save_every_steps and self.step % self.config.save_every_steps == 0:
+                self.save()
+            self._interrupts.check()
+            if state.stopped:
+                return
+            self._whole = False
+        self._interrupts.check()
+        self._whole = True
+        advance(unshown, "")
+        if state.batch == 0:
+            raise empty_loader(self.train_loader)
+        self._end_epoch()
+
+    def _one_step(self, window: list[Any], total: int | None, began: float) -> None:
+        c, state = self.config, self._progress
+        if c.micro_batch_size is not None and state.batch == 0:
+            size = batch_size(unpack_batch(window[0]))
+            if size < c.micro_batch_size and len(window) > 1:
+                raise _too_large(c.micro_batch_size, size)
+        factor = lr_factor(state.step - state.first_step, total, c.schedule, c.warmup)
+        if c.schedule != "constant" or c.warmup:
+            for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+                group["lr"] = base * factor
+        result = train_step(
+            self._forward, window, self.optimizer, self._objective, device=self.device, precision=c.precision,
+            micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm, scaler=self._scaler,
+            before_update=self._settle,
+        )  # fmt: skip
+        if isinstance(result.bad, Tensor):
+            # Read one step late: by then the number has arrived, and the GPU never waits for the host.
+            host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(result.bad, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending = (host, event, state.step + 1, window)
+        elif result.bad:
+            self._fail(window, state.step + 1)
+        on_host = self.device.type == "cpu"
+        loss = result.loss.item() if on_host else result.loss.double()
+        state.count(loss, len(window), result.samples, time.perf_counter() - began)
+        if state.step % c.log_every == 0:
+            state.add_point()
+            if self._scaler is not None and self._scaler.get_scale() < 1:
+                self._fail(window, state.step)
+
+    def _settle(self) -> None:
+        """Wait for the verdict on the step before this one, and raise if it is bad."""
+        if self._pending is not None:
+            host, event, step, window = self._pending
+            self._pending = None
+            event.synchronize()
+            if bool(host):
+                self._fail(window, step)
+
+    def _fail(self, window: list[Any], step: int) -> None:
+        self._whole = False
+        where = first_non_finite(
+            self.model, self._objective, window, device=self.device, precision=self.config.precision,
+            micro_batch_size=self.config.micro_batch_size,
+        )  # fmt: skip
+        raise NonFiniteLossError(
+            f"step {step} (epoch {self.epoch + 1}): the loss or a gradient is not a finite number: {where}. The step was "
+            f"not applied. {self._last_checkpoint()} Common ways out: a smaller lr, clip_grad_norm=1.0, a warm-up, "
+            "precision='fp32', cleaner data."
+        )
+
+    def _last_checkpoint(self) -> str:
+        path = None if self.config.save_dir is None else disk.latest(Path(self.config.save_dir))[0]
+        if path is not None:
+            return f"The last good checkpoint is {path}; trainer.resume() goes back to it."
+        why = "there is no save_dir" if self.config.save_dir is None else "none was due yet"
+        return f"No checkpoint was written ({why}); the parameters in memory are those before the step."
+
+    def _end_epoch(self) -> None:
+        state = self._progress
+        self._settle()
+        state.read()
+        if state.log_steps:
+            state.add_point()
+        values: dict[str, float] = {}
+        if self.val_loader is not None:
+            self._interrupts.safe = True
+            values = self.evaluate()
+            self._interrupts.safe = False
+        entry = {
+            "epoch": state.epoch + 1,
+            "step": state.step,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "train_loss": float(state.loss_sum) / state.epoch_samples,
+            **{f"val_{name}": value for name, value in values.items()},
+            "seconds": state.epoch_seconds,
+        }
+        state.history.append(entry)
+        state.epoch += 1
+        state.begin_epoch()
+        self._epoch_start = None
+        call(overriding(self.callbacks, "on_epoch_end"), "on_epoch_end", self)
+        every = self.config.save_every_epochs
+        if self.config.save_dir is not None and every and state.epoch % every == 0:
+            self.save()
+        self._interrupts.check()
+
+    def _interrupted(self) -> str:
+        if self.config.save_dir is None:
+            return f"stopped at step {self.step}; nothing was saved, as there is no save_dir."
+        if self._whole:
+            return f"stopped at step {self.step}; saved {self.save()}. trainer.resume(), then train() with the same epochs, goes on."
+        return f"stopped in the middle of step {self.step + 1}. {self._last_checkpoint()}"
+
+    def _example_inputs(self) -> Any:
+        loader = self.train_loader if self.val_loader is None else self.val_loader
+        before = loader_state(loader)
+        with preserved_rng(self.device):
+            batch = next(batches(loader, 0, self.device), None)
+        set_loader_state(loader, before)
+        if batch is None:
+            raise empty_loader(loader)
+        args, kwargs, _ = unpack_batch(batch)
+        size = min(batch_size((args, kwargs)), _EXAMPLE_SAMPLES)
+        args, kwargs = slice_batch((args, kwargs), 0, size)
+        if kwargs:
+            return kwargs
+        return args[0] if len(args) == 1 else args
+
+    def _report(self) -> Report:
+        state, c = self._progress, self.config
+        state.read()
+        loss = self._objective
+        notes = [f"{name}: {reason}" for name, reason in self._reasons.items()]
+        notes.append(f"loss: {loss.name}" + (f", chosen for {loss.reason}" if loss.reason else ", as given"))
+        if state.stopped:
+            notes.append(f"stopped early: {state.stopped}")
+        return summarise(
+            history=[e for e in state.history if e["epoch"] > state.first_epoch],
+            losses=[(step, value) for step, value in self.losses if step > state.first_step],
+            steps=state.step - state.first_step, samples=state.samples, seconds=state.seconds,
+            metric=c.early_stop_metric, mode=c.early_stop_mode, notes=notes, skipped=self._skipped,
+            facts={"device": c.device, "precision": c.precision, "torch": str(torch.__version__)},
+        )  # fmt: skip
+
+
+def _too_large(micro: int, size: int) -> ConfigError:
+    return ConfigError(
+        f"TrainingConfig(micro_batch_size={micro}) is larger than the loader's batch of {size}. The loader's batch is what "
+        "is split: raise the loader's batch_size, or use gradient_accumulation_steps for a larger step."
+    )
