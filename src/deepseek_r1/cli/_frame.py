@@ -48,6 +48,12 @@ def show_traceback(on: bool) -> None:
     _SHOW_TRACEBACK[0] = on
 
 
+def with_sections(report: Report) -> None:
+    """Print a report and those of the steps it took."""
+    for part in (report, *report.sections):
+        part.print()
+
+
 def verb(show: Callable[[Report], None] = Report.print) -> Callable[[F], F]:
     """Make a command of a function that returns a Report: print it, write `--json` and `--html`, set the exit code."""
 
@@ -69,7 +75,7 @@ def verb(show: Callable[[Report], None] = Report.print) -> Callable[[F], F]:
             except (DeepSeekError, OSError) as e:
                 _fail(e, "error", WRONG_USE)
             except KeyboardInterrupt as e:
-                _fail(e, "interrupted; files that were finished are kept, unfinished ones are removed", INTERRUPTED)
+                _fail(e, "interrupted", INTERRUPTED)
             if not report.ok:
                 typer.echo(f"check failed: {', '.join(c.name for c in report.failed)}", err=True)
                 raise typer.Exit(CHECK_FAILED)

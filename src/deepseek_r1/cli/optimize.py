@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from ..core import Report
-from ._frame import Html, Json, Seed, verb
+from ._frame import Html, Json, Seed, verb, with_sections
 from ._options import BatchSize, Data, ImageSize, InputDtype, InputShape, Model, Weights
 
 
-@verb()
+@verb(show=with_sections)
 def optimize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the artifact of the winner.")],

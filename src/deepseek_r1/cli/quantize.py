@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from ..core import Report
-from ._frame import Html, Json, Seed, verb
+from ._frame import Html, Json, Seed, verb, with_sections
 from ._options import BatchSize, ImageSize, Model, NeededData, Weights
 
 
-@verb()
+@verb(show=with_sections)
 def quantize(
     model: Model,
     data: NeededData,

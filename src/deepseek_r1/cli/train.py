@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from ..core import Report
-from ._frame import Html, Json, Seed, verb
+from ._frame import Html, Json, Seed, verb, with_sections
 from ._options import BatchSize, ImageSize, NeededData, Weights
 
 
-@verb()
+@verb(show=with_sections)
 def train(
     model: Annotated[str, typer.Argument(help="file.py:factory, or an .onnx file.")],
     data: NeededData,

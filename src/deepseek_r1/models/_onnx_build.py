@@ -33,9 +33,8 @@ def build(model: onnx.ModelProto) -> fx.GraphModule:
     `meta` holds the file's "input_names" and "output_names".
 
     Raises:
-        UnsupportedOpError: an operator, or a form of one, has no translation; every such operator is named.
+        UnsupportedOpError: a form of an operator has no translation.
     """
-    _refuse_unknown(model)
     return _Builder(model).module()
 
 
@@ -55,7 +54,8 @@ def opset_of(model: onnx.ModelProto) -> int:
     return max((i.version for i in model.opset_import if i.domain in _ONNX_DOMAINS), default=1)
 
 
-def _refuse_unknown(model: onnx.ModelProto) -> None:
+def refuse_unknown(model: onnx.ModelProto) -> None:
+    """Raise UnsupportedOpError that names every operator without a translation."""
     unknown: dict[str, str] = {}
     for node in model.graph.node:
         name = node.op_type if node.domain in _ONNX_DOMAINS else f"{node.domain}.{node.op_type}"

@@ -12,7 +12,7 @@ import onnxruntime
 import torch
 from torch import Tensor, fx
 
-from ..core import CheckFailedError, InputError, Report, UnsupportedOpError
+from ..core import ArtifactError, CheckFailedError, InputError, Report, UnsupportedOpError
 from ..measure import compare
 
 #: Largest difference allowed, as a share of the largest absolute output.
@@ -25,7 +25,32 @@ _OTHER_SIZES = ((1, 8, 64), (2, 16, 32), (2, 32, 224), (2, 128, 128), (1, 1, 1))
 _PASSING = ("Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
-def check(module: fx.GraphModule, file: Path, model: onnx.ModelProto, example_inputs: Any = None) -> Report:
+def open_session(file: Path) -> onnxruntime.InferenceSession:
+    """The file in onnxruntime.
+
+    Raises:
+        ArtifactError: onnxruntime finds the graph invalid.
+        UnsupportedOpError: onnxruntime has no kernel for a node, so nothing could be compared.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    # Plain kernels: fused ones may round quantised values elsewhere than the file says.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime's errors have no common base class of their own
+        if type(e).__name__ == "NotImplemented":
+            raise UnsupportedOpError(f"{file}: onnxruntime cannot run it on a CPU: {first_line(e)}") from e
+        raise ArtifactError(f"{file} is damaged: {first_line(e)} Export or download it again.") from e
+
+
+def check(
+    module: fx.GraphModule,
+    session: onnxruntime.InferenceSession,
+    file: Path,
+    model: onnx.ModelProto,
+    example_inputs: Any = None,
+) -> Report:
     """Run both sides and compare: twice, with different sizes, where dimensions are dynamic.
 
     Raises:
@@ -33,11 +58,6 @@ def check(module: fx.GraphModule, file: Path, model: onnx.ModelProto, example_in
         InputError: onnxruntime accepts none of the inputs made here.
     """
     report = Report(f"load_onnx {file.name}")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    # Plain kernels: fused ones may round quantised values elsewhere than the file says.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     rounded = any(node.op_type in ("QuantizeLinear", "Round", "Floor") for node in model.graph.node)
     limit = TOLERANCE_ROUNDED if rounded else TOLERANCE
     for feeds, wanted in _runs(session, model, module, example_inputs):
@@ -67,7 +87,7 @@ def _run(module: fx.GraphModule, feeds: Mapping[str, np.ndarray[Any, Any]], what
     except (RuntimeError, TypeError, ValueError, IndexError) as e:
         # What onnxruntime runs and torch does not is an operator without a kernel, or a translation that is wrong.
         raise UnsupportedOpError(
-            f"{what}: the translated module fails where onnxruntime runs: {type(e).__name__}: {_first_line(e)}"
+            f"{what}: the translated module fails where onnxruntime runs: {type(e).__name__}: {first_line(e)}"
         ) from e
 
 
@@ -90,8 +110,8 @@ def _runs(
         feeds = _given(module.meta["input_names"], example_inputs)
         try:
             return [(feeds, session.run(names, feeds))]
-        except Exception as e:  # onnxruntime has no common base class for its errors
-            raise InputError(f"onnxruntime refuses the example inputs: {_first_line(e)}") from e
+        except Exception as e:
+            raise InputError(f"onnxruntime refuses the example inputs: {first_line(e)}") from e
     wanted = 2 if any(not isinstance(d, int) for i in session.get_inputs() for d in i.shape) else 1
     bounds = _index_bounds(model)
     found, last = [], ""
@@ -100,19 +120,21 @@ def _runs(
         try:
             found.append((feeds, session.run(names, feeds)))
         except Exception as e:
-            last = _first_line(e)
+            last = first_line(e)
         if len(found) == wanted:
             return found
     if not found:
         raise InputError(
-            f"onnxruntime accepted none of the random inputs that were tried, the last one with: {last}. "
+            f"onnxruntime accepted none of the random inputs that were tried, the last one with: {last} "
             "Give load_onnx real ones: example_inputs=(tensor, ...)."
         )
     return found
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, as a sentence."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300].rstrip(".: ") + "."
 
 
 def _given(names: list[str], example_inputs: Any) -> dict[str, np.ndarray[Any, Any]]:

@@ -16,8 +16,8 @@ import torch
 from google.protobuf.message import DecodeError
 
 from ..core import ArtifactError, InputError
-from ._onnx_build import build
-from ._onnx_check import check
+from ._onnx_build import build, refuse_unknown
+from ._onnx_check import check, first_line, open_session
 
 
 def load_onnx(path: str | os.PathLike[str], *, example_inputs: Any = None) -> torch.nn.Module:
@@ -43,21 +43,21 @@ def load_onnx(path: str | os.PathLike[str], *, example_inputs: Any = None) -> to
     """
     file = Path(path)
     model = read_model(file)
+    refuse_unknown(model)
+    session = open_session(file)
     module = build(model)
-    module.meta["report"] = check(module, file, model, example_inputs)
+    module.meta["report"] = check(module, session, file, model, example_inputs)
     return module
 
 
 def read_model(file: Path) -> onnx.ModelProto:
-    """The parsed and validated model, with local functions inlined."""
+    """The parsed model, with local functions inlined."""
     if not file.is_file():
         raise InputError(f"{file} does not exist; give the path of an .onnx file.")
     try:
         model = onnx.load(file)
-        onnx.checker.check_model(str(file.resolve()))
     except (DecodeError, onnx.checker.ValidationError, ValueError, OSError, RuntimeError) as e:
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ArtifactError(f"{file} is damaged or no ONNX model: {first}. Export or download it again.") from e
-    if not model.graph.node and not model.graph.output:
-        raise ArtifactError(f"{file} is damaged or no ONNX model: its graph is empty. Export or download it again.")
+        raise ArtifactError(f"{file} is damaged or no ONNX model: {first_line(e)} Export or download it again.") from e
+    if not model.graph.output:
+        raise ArtifactError(f"{file} is damaged or no ONNX model: it has no outputs. Export or download it again.")
     return onnx.inliner.inline_local_functions(model) if model.functions else model

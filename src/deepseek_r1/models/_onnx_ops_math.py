@@ -85,6 +85,9 @@ for _name, _on_host, _on_tensor in (
     ("And", lambda a, b: a and b, torch.logical_and),
     ("Or", lambda a, b: a or b, torch.logical_or),
     ("Xor", operator.xor, torch.logical_xor),
+    ("BitwiseAnd", operator.and_, torch.bitwise_and),
+    ("BitwiseOr", operator.or_, torch.bitwise_or),
+    ("BitwiseXor", operator.xor, torch.bitwise_xor),
 ):
     _binary(_name, _on_host, _on_tensor, numbers_too=False)
 
@@ -110,10 +113,11 @@ def variadic(attrs: Attrs, *values: Any) -> Any:
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh, "Atan": torch.atan,
-    "Atanh": torch.atanh, "Cos": torch.cos, "Cosh": torch.cosh, "Erf": torch.erf, "Exp": torch.exp,
-    "HardSwish": F.hardswish, "IsNaN": torch.isnan, "Log": torch.log, "Mish": F.mish, "Reciprocal": torch.reciprocal,
-    "Relu": torch.relu, "Round": torch.round, "Sigmoid": torch.sigmoid, "Sign": torch.sign, "Sin": torch.sin,
-    "Sinh": torch.sinh, "Softplus": F.softplus, "Softsign": F.softsign, "Tan": torch.tan, "Tanh": torch.tanh,
+    "BitwiseNot": torch.bitwise_not, "Atanh": torch.atanh, "Cos": torch.cos, "Cosh": torch.cosh, "Erf": torch.erf,
+    "Exp": torch.exp, "HardSwish": F.hardswish, "IsNaN": torch.isnan, "Log": torch.log, "Mish": F.mish,
+    "Reciprocal": torch.reciprocal, "Relu": torch.relu, "Round": torch.round, "Sigmoid": torch.sigmoid,
+    "Sign": torch.sign, "Sin": torch.sin, "Sinh": torch.sinh, "Softplus": F.softplus, "Softsign": F.softsign,
+    "Tan": torch.tan, "Tanh": torch.tanh,
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +30,16 @@ class _Watch(Interpreter):
         return value
 
 
+def watch(
+    module: GraphModule, nodes: Iterable[Node], batches: list[tuple[Any, ...]], see: Callable[[Node, Any], None]
+) -> None:
+    """Run flat positional inputs through the graph and call `see(node, value)` for each of `nodes`."""
+    watcher = _Watch(module, nodes, see)
+    for inputs in batches:
+        with torch.no_grad():
+            watcher.run(*inputs)
+
+
 class Ranges:
     """Smallest and largest value of each watched node, then a histogram between them."""
 
@@ -47,10 +57,7 @@ class Ranges:
             InputError: a batch gives a value that is not finite.
         """
         for see in (self._see_range, self._see_histogram)[: 2 if histogram else 1]:
-            watch = _Watch(self._module, self.nodes, see)
-            for inputs in batches:
-                with torch.no_grad():
-                    watch.run(*inputs)
+            watch(self._module, self.nodes, batches, see)
 
     def _see_range(self, node: Node, value: torch.Tensor) -> None:
         if not value.numel():

@@ -24,6 +24,7 @@ from ..data import unpack_batch
 from ..graph import Program, rewrite, simplify
 from ..graph.editing import add_constant, argument, constant_of, own_weights
 from ._observe import Ranges, affine, quantize_weight
+from ._rounding import observe_moments, round_weight
 
 aten = torch.ops.aten
 _q = torch.ops.quantized_decomposed
@@ -48,12 +49,14 @@ class Int8StaticConfig:
     Attributes:
         activation_clip: "minmax" or "mse" (the clipping limit with the smallest squared error).
         weight_clip: the same for each output channel of the weights.
+        rounding: "nearest", or "compensated" (GPTQ and bias correction, see `_rounding`).
         calibration_batches: at most this many batches of the dataset are used.
         skip: parts of layer names (as in `named_modules`) that stay float.
     """
 
     activation_clip: str = "mse"
     weight_clip: str = "mse"
+    rounding: str = "compensated"
     calibration_batches: int = 32
     skip: tuple[str, ...] = ()
     version: int = 1
@@ -62,6 +65,8 @@ class Int8StaticConfig:
         for name in ("activation_clip", "weight_clip"):
             if getattr(self, name) not in ("minmax", "mse"):
                 raise ConfigError(f'Int8StaticConfig({name}={getattr(self, name)!r}): "minmax" or "mse" is needed.')
+        if self.rounding not in ("nearest", "compensated"):
+            raise ConfigError(f'Int8StaticConfig(rounding={self.rounding!r}): "nearest" or "compensated" is needed.')
         if self.calibration_batches < 1:
             raise ConfigError(
                 f"Int8StaticConfig(calibration_batches={self.calibration_batches}): at least 1 is needed."
@@ -90,7 +95,7 @@ def quantize_static(program: Program, dataset: Iterable[Any], config: Int8Static
             raise InputError(f"nothing in {program.name!r} can be quantised to int8: {dict(report.skipped)}")
         ranges = Ranges(module, plan.values)
         ranges.observe(batches, histogram=config.activation_clip == "mse")
-        _store_weights(module, plan.layers, config)
+        _store_weights(module, plan.layers, batches, config)
         for node in plan.values:
             _insert_pair(module, node, ranges, config, plan.consumers)
         report.add("layers in int8", len(plan.layers), before=0, how="convolutions and linear layers")
@@ -194,15 +199,26 @@ def _is_output(node: Node) -> bool:
     return any(user.op == "output" for user in node.users)
 
 
-def _store_weights(module: GraphModule, layers: list[Node], config: Int8StaticConfig) -> None:
-    done: dict[Any, tuple[Node, Node, Node]] = {}
-    for number, node in enumerate(layers):
-        source = node.args[1]
-        assert isinstance(source, Node)
-        weight = constant_of(module, source)
+def _store_weights(
+    module: GraphModule, layers: list[Node], batches: list[tuple[Any, ...]], config: Int8StaticConfig
+) -> None:
+    weights: dict[Node, torch.Tensor] = {}
+    for node in layers:
+        weight = constant_of(module, node.args[1])
         assert weight is not None, f"{node} was planned although its weight is no constant"
+        weights[node] = weight
+    moments = observe_moments(module, weights, batches) if config.rounding == "compensated" else {}
+    done: dict[Any, tuple[Node, Node, Node]] = {}
+    for number, (node, weight) in enumerate(weights.items()):
+        source = node.args[1]
+        assert isinstance(source, Node), "a constant weight is a node"
         if source.target not in done:
+            # A weight that two layers share is rounded for the first of them, and corrects no bias.
+            shared = sum(other.args[1] is source for other in layers) > 1
             values, scales = quantize_weight(weight, INT8_WEIGHT, config.weight_clip)
+            if node in moments and not shared:
+                values, missing = round_weight(weight, scales, moments[node], INT8_WEIGHT)
+                _correct_bias(module, node, missing, number)
             zeros = torch.zeros(len(scales), dtype=torch.int8)
             first = next(n for n in module.graph.nodes if n.op == "call_function")
             done[source.target] = (
@@ -215,6 +231,15 @@ def _store_weights(module: GraphModule, layers: list[Node], config: Int8StaticCo
             arguments = (*done[source.target], 0, low, high, torch.int8)
             back = module.graph.call_function(_q.dequantize_per_channel.default, arguments)
         node.replace_input_with(source, back)
+
+
+def _correct_bias(module: GraphModule, node: Node, missing: torch.Tensor, number: int) -> None:
+    old = constant_of(module, argument(node, 2))
+    if old is None and argument(node, 2) is not None:
+        return
+    bias = missing.float() if old is None else (old.detach().double() + missing).float()
+    new = add_constant(module, node, bias, f"q{number}_bias")
+    node.args = (*node.args[:2], new, *node.args[3:])
 
 
 def _insert_pair(

@@ -14,7 +14,7 @@ from ..core.userfile import load_file
 RECIPES = Registry("recipe", "deepseek_r1.recipes", {"digits": "deepseek_r1.recipes.digits"})
 
 
-def run_recipe(recipe: str | os.PathLike[str], *, out: str | os.PathLike[str] | None = None, seed: int = 0) -> Report:
+def run_recipe(recipe: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, seed: int = 0) -> Report:
     """Run a recipe, and leave its Report as `report.json` and `report.html` in `out`.
 
     Args:
@@ -34,6 +34,9 @@ def run_recipe(recipe: str | os.PathLike[str], *, out: str | os.PathLike[str] | 
     report = main(out=folder, seed=seed)
     if not isinstance(report, Report):
         raise InputError(f"the recipe {name} gave {type(report).__name__}; its main must return a Report.")
+    report.note(
+        f"next: open {folder / 'report.html'} for the figures; for your own model and data: deepseek-r1 train --help"
+    )
     report.save(folder / "report.json")
     report.save(folder / "report.html")
     return report

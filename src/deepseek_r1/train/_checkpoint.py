@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core import ArtifactError, DeepSeekError, InputError, atomic
+from ..core import ArtifactError, ConfigError, DeepSeekError, InputError, atomic
 
 SCHEMA_VERSION = 1
 KIND = "deepseek-r1 training checkpoint"
@@ -86,8 +86,8 @@ def write_checkpoint(path: Path, model: Mapping[str, Any], state: Mapping[str, A
             atomic.write_json(tmp / MANIFEST, {**manifest, "digest": _digest(manifest)})
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
-            f"the checkpoint of step {step} could not be written to {path}: {e}. Earlier checkpoints are unharmed; free "
-            "space or give another save_dir, then resume from the latest."
+            f"the checkpoint of step {step} could not be written to {path}: {e}. Earlier checkpoints are unharmed; "
+            "free space or give another save_dir, then resume from the latest."
         ) from e
     return path
 
@@ -164,6 +164,42 @@ def latest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     return None, refused
 
 
+def find(path: Path, missing_ok: bool = False) -> tuple[Path | None, dict[Path, str]]:
+    """`path` itself if it is a checkpoint, else the latest whole one in it; and why later ones were refused.
+
+    Raises:
+        ArtifactError: all in the directory are damaged.
+        InputError: there is none (unless `missing_ok`).
+    """
+    if is_checkpoint(path):
+        return path, {}
+    found, refused = latest(path)
+    if found is None and refused:
+        raise ArtifactError("no checkpoint can be used: " + " ".join(refused.values()))
+    if found is None and not missing_ok:
+        raise InputError(f"there is no checkpoint in {path}; give the directory a run wrote, or begin with train().")
+    return found, refused
+
+
+def advice(save_dir: str | None) -> str:
+    """What a user whose run broke off can go back to, in one sentence."""
+    path = None if save_dir is None else latest(Path(save_dir))[0]
+    if path is not None:
+        return f"The last good checkpoint is {path}; trainer.resume() goes back to it."
+    why = "there is no save_dir" if save_dir is None else "none was due yet"
+    return f"No checkpoint was written ({why}); the parameters in memory are those before the step."
+
+
+def refuse_later(folder: Path, step: int, known: set[str]) -> None:
+    """Raise ConfigError if `folder` has checkpoints beyond `step`, other than the `known` damaged ones."""
+    later = [path for number, path in checkpoints(folder).items() if number > step and str(path) not in known]
+    if later:
+        raise ConfigError(
+            f"save_dir has checkpoints of another run, up to {later[-1]}, beyond this one's step {step}. Call "
+            "trainer.resume() to go on from the latest, or give an empty save_dir."
+        )
+
+
 def prune(folder: Path, keep: int | None, upto: int) -> None:
     """Delete all but the last `keep` checkpoints with a step of at most `upto`, and what killed writes left."""
     for path in folder.glob(".step-*.tmp"):
@@ -194,8 +230,8 @@ def _pack(value: Any, tensors: dict[str, Tensor], where: str, seen: dict[Any, st
     if isinstance(value, Tensor):
         return _pack_tensor(value, tensors, where, seen)
     if isinstance(value, Mapping):
-        items = [[_key(k, where), _pack(v, tensors, f"{where}.{k}" if where else str(k), seen)] for k, v in value.items()]
-        return {"dict": items}
+        prefix = f"{where}." if where else ""
+        return {"dict": [[_key(k, where), _pack(v, tensors, f"{prefix}{k}", seen)] for k, v in value.items()]}
     if isinstance(value, tuple | list):
         parts = [_pack(v, tensors, f"{where}.{i}", seen) for i, v in enumerate(value)]
         return {"tuple": parts} if isinstance(value, tuple) else parts

@@ -120,7 +120,7 @@ class TrainingConfig:
         whole = _is_int(self.warmup) and self.warmup >= 0
         part = isinstance(self.warmup, float) and 0 <= self.warmup < 1
         if not (whole or part):
-            self._refuse("warmup", "a number of steps (integer >= 0) or a fraction of the run (float from 0 to below 1)")
+            self._refuse("warmup", "a number of steps (an integer >= 0) or a fraction of the run (a float in [0, 1))")
 
     def _check_names(self) -> None:
         if not isinstance(self.early_stop_metric, str):

@@ -79,8 +79,10 @@ def _forward_hook(name: str, found: list[str]) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         # A child's hook runs before its parent's, so the first one names the innermost layer.
         if not found and not all(_finite(t) for t in _outputs(output)):
-            where = f"layer {name!r} ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"
-            found.append(f"the output of {where} is the first that is not finite in the forward pass")
+            where = f"layer {name!r}" if name else "the model itself"
+            found.append(
+                f"the output of {where} ({type(module).__name__}) is the first that is not finite in the forward pass"
+            )
 
     return hook
 

@@ -58,8 +58,9 @@ def batches(loader: Any, epoch: int, device: torch.device, place: Place | None =
         set_rng_state(place.start["rng"], device)
         set_loader_state(loader, place.start["loader"])
     for owner in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        if hasattr(owner, "set_epoch"):
-            owner.set_epoch(epoch)
+        set_epoch = getattr(owner, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
     iterator = _failing_clearly(loader, epoch)
     if place is None or place.skip == 0:
         return iterator
@@ -83,8 +84,8 @@ def _failing_clearly(loader: Any, epoch: int) -> Iterator[Any]:
         raise
     except Exception as e:
         raise InputError(
-            f"the loader failed while making batch {number + 1} of epoch {epoch + 1}: {_first_line(e)}. Every sample of "
-            "a batch must have the same shape (pad or crop them, or give the loader a collate_fn); the error above "
+            f"the loader failed while making batch {number + 1} of epoch {epoch + 1}: {_first_line(e)}. Every sample "
+            "of a batch must have the same shape (pad or crop them, or give the loader a collate_fn); the error above "
             "says where it began."
         ) from e
 

@@ -1,4 +1,7 @@
-"""Evaluation and prediction over a loader, as plain functions. They leave the model's modes and all generators as they were."""
+"""Evaluation and prediction over a loader, as plain functions.
+
+They leave the model's modes and the global generators as they were. Knows nothing about training.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core import InputError
-from ..data._batch import batch_size, to_device, unpack_batch
+from ..data._batch import batch_size, slice_batch, to_device, unpack_batch
 from ._epoch import batches, empty_loader
 from ._objective import Objective, default_metrics
-from ._rng import preserved_rng
+from ._rng import loader_state, preserved_rng, set_loader_state
 from ._step import autocast
+
+_EXAMPLE_SAMPLES = 8
 
 
 @contextlib.contextmanager
@@ -105,6 +110,24 @@ def predict(model: nn.Module, loader: Iterable[Any], *, device: torch.device, pr
         raise empty_loader(loader)
     # Tensors made in inference mode may not be used in training later; the concatenation is made outside it.
     return _concatenate(outputs)
+
+
+def example_inputs(loader: Any, device: torch.device) -> Any:
+    """A few samples of a loader's first batch in the form `graph.capture` takes, where the loader left them.
+
+    A tensor, a tuple of positional inputs, or a dict of keyword inputs. No generator is advanced.
+    """
+    before = loader_state(loader)
+    with preserved_rng(device):
+        batch = next(batches(loader, 0, device), None)
+    set_loader_state(loader, before)
+    if batch is None:
+        raise empty_loader(loader)
+    args, kwargs, _ = unpack_batch(batch)
+    args, kwargs = slice_batch((args, kwargs), 0, min(batch_size((args, kwargs)), _EXAMPLE_SAMPLES))
+    if kwargs:
+        return kwargs
+    return args[0] if len(args) == 1 else args
 
 
 def _to_cpu(output: Any) -> Any:

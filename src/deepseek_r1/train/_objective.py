@@ -40,7 +40,7 @@ class Objective:
 
     def __init__(self, model: nn.Module, loss: LossFunction | None = None) -> None:
         if loss is not None and not callable(loss):
-            raise InputError(f"loss={loss!r}: a function of (outputs, labels) is needed, such as nn.CrossEntropyLoss().")
+            raise InputError(f"loss={loss!r}: a function of (outputs, labels) is needed, as nn.MSELoss().")
         self._loss = loss
         self.reason = ""
         self.name = "" if loss is None else getattr(loss, "__name__", type(loss).__name__)
@@ -107,13 +107,13 @@ def choose_loss(output: Any, labels: Any) -> tuple[LossFunction, str, str]:
         )
     if kind == "bool":
         return (
-            lambda output, labels: F.binary_cross_entropy_with_logits(prediction(output), labels.to(output_type(output))),
+            lambda output, labels: F.binary_cross_entropy_with_logits(prediction(output), _like(output, labels)),
             "binary cross entropy with logits",
             f"boolean labels of the outputs' shape {shape}",
         )
     if kind == "float":
         return (
-            lambda output, labels: F.mse_loss(prediction(output), labels.to(output_type(output))),
+            lambda output, labels: F.mse_loss(prediction(output), _like(output, labels)),
             "mean squared error",
             f"floating labels of the outputs' shape {shape}",
         )
@@ -124,9 +124,8 @@ def choose_loss(output: Any, labels: Any) -> tuple[LossFunction, str, str]:
     )
 
 
-def output_type(output: Any) -> torch.dtype:
-    """The floating type of a prediction; labels are brought to it."""
-    return prediction(output).dtype
+def _like(output: Any, labels: Tensor) -> Tensor:
+    return labels.to(prediction(output).dtype)
 
 
 def _present(loss: Tensor | None) -> Tensor:
@@ -136,7 +135,7 @@ def _present(loss: Tensor | None) -> Tensor:
 
 
 def _label_kind(output: Any, labels: Any) -> tuple[str, tuple[int, ...]]:
-    """"class", "bool", "float" or "" for an output and its labels, with the labels' shape."""
+    """Which default fits ("class", "bool", "float", or "" for none), with the labels' shape."""
     if not isinstance(output, Tensor) or not isinstance(labels, Tensor) or not output.is_floating_point():
         return "", ()
     shape = tuple(labels.shape)
@@ -151,7 +150,7 @@ def _label_kind(output: Any, labels: Any) -> tuple[str, tuple[int, ...]]:
 def _check_classes(output: Tensor, labels: Tensor) -> None:
     # On a GPU a label out of range kills the process's CUDA context; so the first batch is looked at here.
     kept = labels[labels != IGNORED_CLASS]
-    if kept.numel() and not (0 <= int(kept.min()) and int(kept.max()) < output.shape[1]):
+    if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= output.shape[1]):
         raise InputError(
             f"class labels from {int(kept.min())} to {int(kept.max())} were given, but the model's outputs "
             f"{tuple(output.shape)} have {output.shape[1]} classes (0 to {output.shape[1] - 1})."

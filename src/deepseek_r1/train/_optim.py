@@ -66,9 +66,9 @@ def make_optimizer(
     else:
         optimizer = None
     if not isinstance(optimizer, Optimizer):
-        raise InputError(f"optimizer={given!r}: an optimizer, its class, or a function parameters -> optimizer is needed.")
+        raise InputError(f"optimizer={given!r}: an optimizer, its class, or a function of the parameters is needed.")
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise InputError("LBFGS evaluates the model several times a step, which the Trainer does not; use AdamW or SGD.")
+        raise InputError("LBFGS runs the model several times a step, which the Trainer does not; use AdamW or SGD.")
     mine = {id(p) for p in parameters}
     if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
         raise InputError("the optimizer holds none of the model's parameters; make it from this model's parameters().")
@@ -90,8 +90,8 @@ def lr_factor(step: int, total: int | None, schedule: str, warmup: int | float) 
     """
     if total is None and (schedule != "constant" or isinstance(warmup, float)):
         raise ConfigError(
-            f"TrainingConfig(schedule={schedule!r}, warmup={warmup!r}) needs the number of steps, but the loader has no "
-            "length; use schedule='constant' with warmup as a number of steps."
+            f"TrainingConfig(schedule={schedule!r}, warmup={warmup!r}) needs the number of steps, but the loader has "
+            "no length; use schedule='constant' with warmup as a number of steps."
         )
     climb = round(warmup * total) if isinstance(warmup, float) and total else int(warmup)
     if step < climb:

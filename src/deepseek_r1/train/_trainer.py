@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import deploy
-from ..core import ArtifactError, ConfigError, InputError, NonFiniteLossError, Report, progress
-from ..data._batch import batch_size, slice_batch, unpack_batch
+from ..core import ConfigError, InputError, Report, progress
 from . import _checkpoint as disk
 from ._callbacks import Callback, EarlyStopping, call, check_callbacks, overriding
 from ._config import TrainingConfig, resolve
-from ._diagnose import first_non_finite
 from ._epoch import Place, batches, empty_loader, epoch_start, steps_in_epoch, windows
-from ._evaluate import evaluate, mode, predict
+from ._evaluate import evaluate, example_inputs, mode, predict
 from ._interrupt import Interrupts
 from ._objective import LossFunction, Objective
 from ._optim import OptimizerLike, lr_factor, make_optimizer
@@ -38,12 +36,11 @@ from ._rng import (
     set_loader_state,
     set_rng_state,
 )
-from ._step import make_scaler, train_step
+from ._stepper import Stepper, too_large
 from ._summary import summarise
 
 #: Fields of the configuration that change no number of a run, so that a resumed run may differ in them.
 _HARMLESS = {"save_dir", "save_every_steps", "save_every_epochs", "keep_last", "log_every"}
-_EXAMPLE_SAMPLES = 8
 
 
 class Trainer:
@@ -103,22 +100,23 @@ class Trainer:
         self.callbacks = check_callbacks(callbacks)
         if self.config.early_stop_patience is not None:
             c = self.config
-            self.callbacks.insert(0, EarlyStopping(c.early_stop_patience, c.early_stop_metric, c.early_stop_mode))
+            stopping = EarlyStopping(self.config.early_stop_patience, c.early_stop_metric, c.early_stop_mode)
+            self.callbacks.insert(0, stopping)
         self.resumed = False
         self._objective = Objective(model, loss)
-        self._forward: Callable[..., Any] = torch.compile(model) if self.config.compile else model
-        self._scaler = make_scaler(self.device, self.config.precision)
-        self._base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._progress = Progress()
+        self._stepper = Stepper(model, self.optimizer, self._objective, self.config)
         self._place: Place | None = None
         self._epoch_start: dict[str, Any] | None = None
-        self._pending: tuple[Tensor, Any, int, list[Any]] | None = None
         self._whole = True
         self._saved_step: int | None = None
         self._skipped: list[tuple[str, str]] = []
         self._interrupts = Interrupts()
 
     # What callbacks and users read.
+
+    @property
+    def _progress(self) -> Progress:
+        return self._stepper.progress
 
     @property
     def step(self) -> int:
@@ -167,7 +165,8 @@ class Trainer:
             self._interrupts = stack.enter_context(Interrupts())
             stack.enter_context(mode(self.model, True))
             stack.enter_context(deterministic_kernels(self.config.deterministic))
-            advance = stack.enter_context(progress.bar("training", total))
+            with preserved_rng(self.device):  # importing rich draws from python's generator
+                advance = stack.enter_context(progress.bar("training", total))
             advance(self.step - self._progress.first_step, "")
             try:
                 call(overriding(self.callbacks, "on_train_start"), "on_train_start", self)
@@ -194,14 +193,14 @@ class Trainer:
         source = self.val_loader if loader is None else loader
         if source is None:
             raise InputError("evaluate() needs a loader: give one, or make the Trainer with val_loader=.")
-        self._settle()
+        self._stepper.settle()
         return evaluate(
             self.model, source, self._objective, self.metrics, device=self.device, precision=self.config.precision
         )
 
     def predict(self, loader: Iterable[Any]) -> Any:
         """The model's outputs for a whole loader, concatenated on the CPU (labels in the batches are ignored)."""
-        self._settle()
+        self._stepper.settle()
         return predict(self.model, loader, device=self.device, precision=self.config.precision)
 
     def export(self, path: str | os.PathLike[str], **options: Any) -> Report:
@@ -210,11 +209,12 @@ class Trainer:
         Example inputs are taken from the first batch of `val_loader` (or `train_loader`).
 
         Args:
-            **options: as for `deepseek_r1.deploy.export` (target, example_inputs, dataset, labels, preprocessing, name).
+            **options: as for `deepseek_r1.deploy.export` (target, dataset, labels, preprocessing, name, ...).
         """
-        self._settle()
+        self._stepper.settle()
         if options.get("example_inputs") is None:
-            options["example_inputs"] = self._example_inputs()
+            loader = self.train_loader if self.val_loader is None else self.val_loader
+            options["example_inputs"] = example_inputs(loader, self.device)
         place = next(self.model.parameters()).device
         with mode(self.model, False), preserved_rng(self.device):
             try:
@@ -242,7 +242,7 @@ class Trainer:
         """
         if path is None and self.config.save_dir is None:
             raise ConfigError("save() needs a path, or TrainingConfig(save_dir=...).")
-        self._settle()
+        self._stepper.settle()
         if not self._whole:
             raise InputError(
                 "the last step did not end, so the state is not whole and cannot be saved for an exact resumption; "
@@ -270,17 +270,9 @@ class Trainer:
         """
         if path is None and self.config.save_dir is None:
             raise ConfigError("resume() needs a path, or TrainingConfig(save_dir=...).")
-        folder = Path(path if path is not None else self.config.save_dir or ".")
-        refused: dict[Path, str] = {}
-        found: Path | None = folder
-        if not disk.is_checkpoint(folder):
-            found, refused = disk.latest(folder)
-        if found is None and refused:
-            raise ArtifactError("no checkpoint can be used: " + " ".join(refused.values()))
+        found, refused = disk.find(Path(path if path is not None else self.config.save_dir or "."), missing_ok)
         if found is None:
-            if missing_ok:
-                return None
-            raise InputError(f"there is no checkpoint in {folder}; give the directory that a run wrote, or begin with train().")
+            return None
         model_state, state = disk.read_checkpoint(found)
         self._load(found, model_state, state)
         self._skipped = [(str(bad), why) for bad, why in refused.items()]
@@ -291,8 +283,8 @@ class Trainer:
         return {
             "progress": self._progress.to_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "base_lrs": self._base_lrs,
-            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "base_lrs": self._stepper.base_lrs,
+            "scaler": None if self._stepper.scaler is None else self._stepper.scaler.state_dict(),
             "rng": rng_state(self.device),
             "epoch_start": epoch_start(self.train_loader, self.device) if between_epochs else self._epoch_start,
             "val_loader": None if self.val_loader is None else loader_state(self.val_loader),
@@ -306,10 +298,10 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as e:
             raise InputError(f"{path} is of another model or optimizer: {e}") from e
-        if self._scaler is not None and state["scaler"] is not None:
-            self._scaler.load_state_dict(state["scaler"])
-        self._base_lrs = state["base_lrs"]
-        self._progress = Progress.from_dict(state["progress"])
+        if self._stepper.scaler is not None and state["scaler"] is not None:
+            self._stepper.scaler.load_state_dict(state["scaler"])
+        self._stepper.base_lrs = state["base_lrs"]
+        self._stepper.progress = Progress.from_dict(state["progress"])
         self._place = Place(state["epoch_start"], self._progress.batch, state["rng"])
         if self.val_loader is not None and state["val_loader"] is not None:
             set_loader_state(self.val_loader, state["val_loader"])
@@ -318,18 +310,20 @@ class Trainer:
             if i < len(self.callbacks) and type(self.callbacks[i]).__name__ == saved["class"]:
                 self.callbacks[i].load_state_dict(saved["state"])
             else:
-                self._skipped.append((f"state of callback {saved['class']}", "the resumed Trainer has no such callback"))
+                self._skipped.append((f"state of callback {saved['class']}", "this Trainer has no such callback"))
         self._reasons["resumed"] = f"from {path.name} (step {self.step})"
         now = asdict(self.config)
         changed = [k for k, v in state["config"].items() if k not in _HARMLESS and now.get(k) != v]
         if changed:
             self._reasons["resumed"] += f"; changed since, so not an exact continuation: {', '.join(changed)}"
-        self._pending, self._whole, self.resumed, self._saved_step = None, True, True, self.step
+        self._stepper.forget()
+        self._whole, self.resumed, self._saved_step = True, True, self.step
 
     # The run.
 
     def _begin_run(self) -> None:
-        self._whole, self._pending = True, None
+        self._whole = True
+        self._stepper.forget()
         if self.resumed:
             assert self._place is not None, "resume() sets the place"
             set_rng_state(self._place.rng, self.device)
@@ -340,20 +334,13 @@ class Trainer:
             if self.config.seed is not None:
                 seed_everything(self.config.seed)
         if self.config.save_dir is not None:
-            refused = {Path(name) for name, _ in self._skipped}
-            folder = Path(self.config.save_dir)
-            later = [p for step, p in disk.checkpoints(folder).items() if step > self.step and p not in refused]
-            if later:
-                raise ConfigError(
-                    f"save_dir has checkpoints of another run, up to {later[-1]}, beyond this one's step {self.step}. "
-                    "Call trainer.resume() to go on from the latest, or give an empty save_dir."
-                )
+            disk.refuse_later(Path(self.config.save_dir), self.step, {name for name, _ in self._skipped})
 
     def _check_micro_batch(self) -> None:
         size = getattr(self.train_loader, "batch_size", None)
         micro = self.config.micro_batch_size
         if micro is not None and isinstance(size, int) and micro > size:
-            raise _too_large(micro, size)
+            raise too_large(micro, size)
 
     def _run_epoch(self, total: int | None, advance: Callable[[int, str], None]) -> None:
         state, place = self._progress, self._place
@@ -365,92 +352,34 @@ class Trainer:
         self._place = None
         after_step = overriding(self.callbacks, "on_step_end")
         stream = batches(self.train_loader, self.epoch, self.device, place)
-        began, drawn, unshown = time.perf_counter(), 0.0, 0
+        drawn, unshown = 0.0, 0
         self._whole = False
         for window in windows(stream, self.config.gradient_accumulation_steps):
-            self._one_step(window, total, began)
-            began = time.perf_counter()
+            if state.batch == 0 and not isinstance(getattr(self.train_loader, "batch_size", None), int):
+                self._stepper.check_micro_batch(window)
+            self._stepper.step(window, total)
             call(after_step, "on_step_end", self)
             self._whole = True
             unshown += 1
-            if began - drawn > 0.1:
+            if time.monotonic() - drawn > 0.1:
                 advance(unshown, "")
-                drawn, unshown = began, 0
+                drawn, unshown = time.monotonic(), 0
             if self.config.save_every_steps and self.step % self.config.save_every_steps == 0:
                 self.save()
             self._interrupts.check()
             if state.stopped:
                 return
             self._whole = False
-        self._interrupts.check()
         self._whole = True
+        self._interrupts.check()
         advance(unshown, "")
         if state.batch == 0:
             raise empty_loader(self.train_loader)
         self._end_epoch()
 
-    def _one_step(self, window: list[Any], total: int | None, began: float) -> None:
-        c, state = self.config, self._progress
-        if c.micro_batch_size is not None and state.batch == 0:
-            size = batch_size(unpack_batch(window[0]))
-            if size < c.micro_batch_size and len(window) > 1:
-                raise _too_large(c.micro_batch_size, size)
-        factor = lr_factor(state.step - state.first_step, total, c.schedule, c.warmup)
-        if c.schedule != "constant" or c.warmup:
-            for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-                group["lr"] = base * factor
-        result = train_step(
-            self._forward, window, self.optimizer, self._objective, device=self.device, precision=c.precision,
-            micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm, scaler=self._scaler,
-            before_update=self._settle,
-        )  # fmt: skip
-        if isinstance(result.bad, Tensor):
-            # Read one step late: by then the number has arrived, and the GPU never waits for the host.
-            host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(result.bad, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._pending = (host, event, state.step + 1, window)
-        elif result.bad:
-            self._fail(window, state.step + 1)
-        on_host = self.device.type == "cpu"
-        loss = result.loss.item() if on_host else result.loss.double()
-        state.count(loss, len(window), result.samples, time.perf_counter() - began)
-        if state.step % c.log_every == 0:
-            state.add_point()
-            if self._scaler is not None and self._scaler.get_scale() < 1:
-                self._fail(window, state.step)
-
-    def _settle(self) -> None:
-        """Wait for the verdict on the step before this one, and raise if it is bad."""
-        if self._pending is not None:
-            host, event, step, window = self._pending
-            self._pending = None
-            event.synchronize()
-            if bool(host):
-                self._fail(window, step)
-
-    def _fail(self, window: list[Any], step: int) -> None:
-        self._whole = False
-        where = first_non_finite(
-            self.model, self._objective, window, device=self.device, precision=self.config.precision,
-            micro_batch_size=self.config.micro_batch_size,
-        )  # fmt: skip
-        raise NonFiniteLossError(
-            f"step {step} (epoch {self.epoch + 1}): the loss or a gradient is not a finite number: {where}. The step was "
-            f"not applied. {self._last_checkpoint()} Common ways out: a smaller lr, clip_grad_norm=1.0, a warm-up, "
-            "precision='fp32', cleaner data."
-        )
-
-    def _last_checkpoint(self) -> str:
-        path = None if self.config.save_dir is None else disk.latest(Path(self.config.save_dir))[0]
-        if path is not None:
-            return f"The last good checkpoint is {path}; trainer.resume() goes back to it."
-        why = "there is no save_dir" if self.config.save_dir is None else "none was due yet"
-        return f"No checkpoint was written ({why}); the parameters in memory are those before the step."
-
     def _end_epoch(self) -> None:
         state = self._progress
-        self._settle()
+        self._stepper.settle()
         state.read()
         if state.log_steps:
             state.add_point()
@@ -481,23 +410,11 @@ class Trainer:
         if self.config.save_dir is None:
             return f"stopped at step {self.step}; nothing was saved, as there is no save_dir."
         if self._whole:
-            return f"stopped at step {self.step}; saved {self.save()}. trainer.resume(), then train() with the same epochs, goes on."
-        return f"stopped in the middle of step {self.step + 1}. {self._last_checkpoint()}"
-
-    def _example_inputs(self) -> Any:
-        loader = self.train_loader if self.val_loader is None else self.val_loader
-        before = loader_state(loader)
-        with preserved_rng(self.device):
-            batch = next(batches(loader, 0, self.device), None)
-        set_loader_state(loader, before)
-        if batch is None:
-            raise empty_loader(loader)
-        args, kwargs, _ = unpack_batch(batch)
-        size = min(batch_size((args, kwargs)), _EXAMPLE_SAMPLES)
-        args, kwargs = slice_batch((args, kwargs), 0, size)
-        if kwargs:
-            return kwargs
-        return args[0] if len(args) == 1 else args
+            saved = self.save()
+            return (
+                f"stopped at step {self.step}; saved {saved}. Call trainer.resume(), then train() with the same epochs."
+            )
+        return f"stopped in the middle of step {self.step + 1}. {disk.advice(self.config.save_dir)}"
 
     def _report(self) -> Report:
         state, c = self._progress, self.config
@@ -514,10 +431,3 @@ class Trainer:
             metric=c.early_stop_metric, mode=c.early_stop_mode, notes=notes, skipped=self._skipped,
             facts={"device": c.device, "precision": c.precision, "torch": str(torch.__version__)},
         )  # fmt: skip
-
-
-def _too_large(micro: int, size: int) -> ConfigError:
-    return ConfigError(
-        f"TrainingConfig(micro_batch_size={micro}) is larger than the loader's batch of {size}. The loader's batch is what "
-        "is split: raise the loader's batch_size, or use gradient_accumulation_steps for a larger step."
-    )

@@ -1,0 +1,92 @@
+"""The work of `deepseek-r1 train`, on the public API. Imports torch: only the verb may import this, when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from ..core import DeepSeekError, InputError, Report, atomic
+from ..graph import Program
+from ..train import Trainer, TrainingConfig
+from ._inputs import Opened, open_inputs
+
+
+def train_model(
+    model: str,
+    data: str,
+    *,
+    out: Path,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    settings: Mapping[str, Any],
+    weights: Path | None,
+    resume: bool,
+    export: bool,
+    image_size: str | None,
+) -> Report:
+    """Train, measure on the test part, and write `model.safetensors`, `checkpoints/` and the report to `out`.
+
+    Raises:
+        DeepSeekError: whatever was given cannot be used, or the loss is not finite.
+    """
+    kept = out / "checkpoints"
+    config = TrainingConfig(save_dir=str(kept), **settings)
+    if not resume and kept.is_dir() and any(kept.iterdir()):
+        raise InputError(f"{kept} has checkpoints of an earlier run: add --resume to go on, or give another --out.")
+    opened = open_inputs(
+        model, weights=weights, data=data, batch_size=batch_size, image_size=image_size, seed=settings["seed"]
+    )
+    if isinstance(opened.model, Program):
+        raise InputError(
+            f"{model} is a captured graph, which cannot be trained; give file.py:factory or an .onnx file."
+        )
+    loader = opened.part("train")
+    assert loader is not None, "--data is a needed option"
+    trainer = Trainer(opened.model, loader, opened.part("val"), lr=lr, config=config)
+    if resume:
+        trainer.resume()
+    report = _train(trainer, epochs)
+    _measure(trainer, opened, report)
+    weights_file = out / "model.safetensors"
+    # Clones: two names may share one tensor, which the format refuses.
+    state = {name: t.detach().cpu().clone().contiguous() for name, t in opened.model.state_dict().items()}
+    atomic.write_bytes(weights_file, save(state))
+    report.note(f"wrote {weights_file}; give it to the next command with --weights {weights_file}")
+    if export:
+        wanted = {k: v for k, v in opened.for_artifact().items() if k == "dataset"}
+        report.sections.append(trainer.export(out / "model.onnx", **wanted))
+        report.note(f"wrote {out / 'model.onnx'}")
+    report.save(out / "report.json")
+    report.save(out / "report.html")
+    return report
+
+
+def _train(trainer: Trainer, epochs: int) -> Report:
+    first = trainer.step
+    try:
+        return trainer.train(epochs)
+    except DeepSeekError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as e:
+        if trainer.step > first:
+            raise
+        # The first step is where a model and data that do not fit meet.
+        raise InputError(f"the model cannot be trained on this data: {type(e).__name__}: {e}") from e
+    except KeyboardInterrupt as e:
+        raise KeyboardInterrupt(f"{e} (On the command line: the same command with --resume.)") from None
+
+
+def _measure(trainer: Trainer, opened: Opened, report: Report) -> None:
+    test = opened.part("test")
+    if test is None:
+        report.skip("test metrics", "the data has no test part")
+    else:
+        for name, value in trainer.evaluate(test).items():
+            report.add(f"test {name}", value, how="the whole test part, after the last epoch")
+    for note in opened.data.notes if opened.data is not None else ():
+        report.note(f"data: {note}")
+    report.facts["parameters"] = sum(p.numel() for p in trainer.model.parameters())
