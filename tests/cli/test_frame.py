@@ -67,6 +67,7 @@ def test_a_check_that_stops_the_verb_exits_1_and_leaves_its_report(tmp_path):
         (FileNotFoundError(2, "No such file or directory", "x.npz"), 2, "error: [Errno 2] No such file"),
         (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "error: this needs torch, which is not inst"),
     ],
 )
 def test_errors_are_one_line_and_a_code(error, code, line):
@@ -77,9 +78,10 @@ def test_errors_are_one_line_and_a_code(error, code, line):
     assert result.stdout == ""
 
 
-def test_a_bug_keeps_its_traceback():
-    result = run(_app(lambda: 1 / 0), [])
-    assert isinstance(result.exception, ZeroDivisionError)
+@pytest.mark.parametrize("error", [ZeroDivisionError(), ModuleNotFoundError("no 'nonsense'", name="nonsense")])
+def test_a_bug_keeps_its_traceback(error):
+    result = run(_app(lambda: _raise(error)), [])
+    assert result.exception is error
 
 
 @pytest.mark.parametrize("args", [["--nonsense"], ["run"], ["train", "m.py:f"], ["optimise"], ["export", "a", "b"]])

@@ -205,7 +205,7 @@ def _full_disk(monkeypatch, how: str):
 def test_a_full_disk_leaves_the_previous_artifact(saved, tmp_path, monkeypatch, how):
     files = _files(tmp_path / "in", b"z" * 50_000)
     before = sorted(p.name for p in tmp_path.iterdir())
-    with pytest.raises(OSError, match="No space|too large"), _full_disk(monkeypatch, how):
+    with pytest.raises(OSError, match=r"No space|too large"), _full_disk(monkeypatch, how):
         write_artifact(saved, _manifest("new"), files, _report())
     assert open_artifact(saved).manifest.name == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == before, "no half-written directory stays"

@@ -207,6 +207,17 @@ def test_the_build_read_from_the_file_is_the_build_torch_reports():
     assert build == (f"cuda {torch.version.cuda}" if torch.version.cuda else "cpu")
 
 
+@pytest.mark.gpu
+def test_a_real_gpu_computes_and_its_architecture_is_known():
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    row = examine(check_compatibility=True)["torch on GPU"]
+    assert row.after == "ok", row.how
+    assert "sm_" in row.how or "gfx" in row.how
+
+
 def test_it_imports_no_torch():
     code = "import sys; from deepseek_r1.core.doctor import examine; examine(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

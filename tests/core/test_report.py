@@ -59,17 +59,6 @@ def test_rows_by_name():
         report["speed"]
 
 
-def test_extend_puts_a_prefix_and_keeps_own_facts():
-    report, other = Report("a", facts={"CPU": "mine"}), _full()
-    report.extend(other, prefix="int8: ")
-    assert report["int8: accuracy"].after == pytest.approx(0.99)
-    assert report.failed[0].name == "int8: budget"
-    assert report.facts["CPU"] == "mine"
-    assert report.facts["map"] == {"k": 1.5}
-    assert report.skipped == [("int8: int4", "no kernel")]
-    assert len(report.plots) == 5
-
-
 def test_the_page_is_self_contained_and_escaped(tmp_path):
     path = _full().save(tmp_path / "r.html")
     page = path.read_text()
@@ -78,7 +67,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
         assert not re.search(loading, page, re.IGNORECASE), loading
     targets = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)""", page, re.IGNORECASE)
     assert targets, "figures refer to their own parts"
-    assert all((a or b).strip("\"'").startswith("#") for a, b in targets)
+    assert all((a or b).strip("\"'").startswith(("#", "data:")) for a, b in targets)
     assert "a &lt;b&gt;journey&lt;/b&gt; &amp; more" in page
     assert "<b>journey" not in page
     assert "too &lt;slow&gt;" in page

@@ -73,7 +73,8 @@ def test_unknown_operators_are_all_named(tmp_path):
 
 def test_an_unsupported_form_names_the_node(tmp_path):
     nodes = [
-        helper.make_node("LayerNormalization", ["x", "s", "s"], ["y", "mean"], name="norm"),
+        helper.make_node("LayerNormalization", ["x", "s", "s"], ["z", "mean"], name="norm"),
+        helper.make_node("Add", ["z", "mean"], ["y"]),
     ]
     path = _save(tmp_path / "model.onnx", nodes, {"s": np.ones(4, np.float32)})
     with pytest.raises(UnsupportedOpError, match=r"LayerNormalization node 'norm'.*Mean.*opset 17"):
@@ -174,6 +175,29 @@ def test_names_that_python_cannot_spell(tmp_path):
     assert "a_weight_0" in dict(loaded.named_parameters())
     x = torch.randn(2, 4)
     torch.testing.assert_close(loaded(x), x)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("0", "input_0"), ("class", "input_class"), ("in.put:0", "in_put_0")])
+def test_input_names_become_arguments(tmp_path, name, argument):
+    path = _linear(tmp_path / "model.onnx")
+    model = onnx.load(path)
+    model.graph.input[0].name = model.graph.node[0].input[0] = name
+    onnx.save(model, path)
+    loaded = load_onnx(path)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(loaded(**{argument: x}), loaded(x))
+    assert loaded.meta["input_names"] == [name]
+
+
+def test_outputs_that_nobody_reads_do_not_matter(tmp_path):
+    nodes = [
+        helper.make_node("Dropout", ["x"], ["a", "mask"]),
+        helper.make_node("LayerNormalization", ["a", "s", "s"], ["y", "mean", "deviation"]),
+        helper.make_node("NonZero", ["a"], ["unused"]),
+    ]
+    loaded = load_onnx(_save(tmp_path / "model.onnx", nodes, {"s": np.ones(4, np.float32)}))
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(loaded(x), torch.nn.functional.layer_norm(x, [4]) + 1)
 
 
 def test_one_shared_initializer_is_one_parameter(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -111,6 +112,18 @@ def test_batch_norm_statistics_and_indices_are_not_trained(tmp_path):
     loaded = load_onnx(path)
     assert {n for n, _ in loaded.named_parameters()} == {"w", "scale", "bias"}
     assert {n for n, _ in loaded.named_buffers()} == {"mean", "var", "one"}
+
+
+def test_published_architectures_load():
+    """The graphs that the onnx package ships for its own backends: opset 9, weights made by ConstantOfShape."""
+    folder = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
+    files = sorted(folder.glob("light_*.onnx"))
+    if not files:
+        pytest.skip("this onnx package has no light models")
+    names = {file.stem for file in files}
+    assert {"light_resnet50", "light_densenet121", "light_shufflenet", "light_bvlc_alexnet"} <= names
+    for file in files:
+        assert load_onnx(file).meta["report"].ok
 
 
 class _Feed(CalibrationDataReader):

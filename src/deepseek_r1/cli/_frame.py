@@ -21,6 +21,8 @@ from ..core import CheckFailedError, DeepSeekError, InputError, NonFiniteLossErr
 F = TypeVar("F", bound=Callable[..., Any])
 
 DONE, CHECK_FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+#: What an installation without torch has not; every verb that needs it says so.
+_NOT_IN_SLIM = ("torch", "scipy", "safetensors", "onnx", "onnxscript", "matplotlib", "sklearn")
 _SHOW_TRACEBACK = [False]
 
 Json = Annotated[
@@ -49,8 +51,8 @@ def show_traceback(on: bool) -> None:
 
 
 def with_sections(report: Report) -> None:
-    """Print a report and those of the steps it took."""
-    for part in (report, *report.sections):
+    """Print the reports of the steps a verb took, then its own: the last line says where the result is."""
+    for part in (*report.sections, report):
         part.print()
 
 
@@ -72,6 +74,12 @@ def verb(show: Callable[[Report], None] = Report.print) -> Callable[[F], F]:
                 _fail(e, "check failed", CHECK_FAILED)
             except NonFiniteLossError as e:
                 _fail(e, "check failed", CHECK_FAILED)
+            except ModuleNotFoundError as e:
+                if e.name not in _NOT_IN_SLIM:
+                    raise
+                _fail(
+                    f"this needs {e.name}, which is not installed. Run: pip install deepseek-r1", "error", WRONG_USE, e
+                )
             except (DeepSeekError, OSError) as e:
                 _fail(e, "error", WRONG_USE)
             except KeyboardInterrupt as e:
@@ -105,9 +113,10 @@ def _deliver(report: Report, json: str | None, html: str | None, show: Callable[
     show(report)
 
 
-def _fail(error: BaseException, head: str, code: int) -> None:
-    if _SHOW_TRACEBACK[0]:
-        traceback.print_exception(error)
-    detail = str(error).strip()
+def _fail(what: BaseException | str, head: str, code: int, error: BaseException | None = None) -> None:
+    cause = what if isinstance(what, BaseException) else error
+    if _SHOW_TRACEBACK[0] and cause is not None:
+        traceback.print_exception(cause)
+    detail = str(what).strip()
     typer.echo(f"{head}: {detail}" if detail else head, err=True)
-    raise typer.Exit(code) from error
+    raise typer.Exit(code) from cause

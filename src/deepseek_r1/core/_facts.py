@@ -26,7 +26,9 @@ if out["cuda_available"]:
     out["arch_list"] = torch.cuda.get_arch_list()
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        gpu = {"name": p.name, "arch": getattr(p, "gcnArchName", "").split(":")[0] or f"sm_{p.major}{p.minor}"}
+        # CUDA builds have gcnArchName too, and it holds the card's name there.
+        arch = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
+        gpu = {"name": p.name, "arch": arch}
         try:
             b = a.to(f"cuda:{i}")
             gpu["matmul"] = "ok" if torch.equal((b @ b).cpu(), a @ a) else "wrong result"

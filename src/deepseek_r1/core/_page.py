@@ -112,7 +112,8 @@ def _svg(plot: Plot) -> str:
     from matplotlib.figure import Figure
 
     # A fixed salt and no date make the same report give the same bytes.
-    settings = {"svg.hashsalt": "deepseek-r1", "svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}
+    settings: Any = {"svg.hashsalt": "deepseek-r1"}
+    settings |= {"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.6, 3.9), layout="constrained")
         axes = figure.add_subplot()

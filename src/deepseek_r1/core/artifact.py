@@ -198,13 +198,18 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         )
     if data.get("digest") != _digest(data):
         raise ArtifactError(f"{root / MANIFEST} was altered after it was written (its digest does not match).")
-    for name, entry in data["files"].items():
+    files = data.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(e, dict) and {"bytes", "sha256"} <= {*e} for e in files.values()
+    ):
+        raise ArtifactError(f"{root / MANIFEST} lacks or misstates a field: 'files'.")
+    for name, entry in files.items():
         _check_file(root, name, entry)
     try:
         manifest = Manifest.from_dict(data)
     except (KeyError, TypeError, AttributeError) as e:
         raise ArtifactError(f"{root / MANIFEST} lacks or misstates a field: {e!r}.") from e
-    if manifest.model_file not in data["files"]:
+    if manifest.model_file not in files:
         raise ArtifactError(f"{root / MANIFEST} names {manifest.model_file!r}, which is not among its files.")
     return Artifact(path=root, manifest=manifest)
 

@@ -6,7 +6,7 @@ Bars are drawn by rich on standard error, only where that is a terminal; set `en
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -31,7 +31,11 @@ def bar(description: str, total: int | None) -> Iterator[Callable[[int, str], No
 
     console = Console(stderr=True)
     if not (_ENABLED[0] and console.is_terminal):
-        yield lambda steps, text="": None
+
+        def ignore(steps: int, text: str = "") -> None:
+            return
+
+        yield ignore
         return
     from rich.progress import (
         BarColumn,
@@ -62,7 +66,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         >>> list(track([1, 2, 3], "counting"))
         [1, 2, 3]
     """
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with bar(description, total) as advance:
         for item in items:

@@ -88,9 +88,14 @@ def fold_batch_norm(program: Program) -> Program:
 
 def _verified(program: Program, name: str) -> Program:
     counts: list[int] = []
+
+    def change(module: GraphModule) -> int:
+        counts.append(PASSES[name](module))
+        return counts[0]
+
     report = copy.deepcopy(program.report)
-    after = rewrite(program, lambda module: counts.append(PASSES[name](module)), report=report)
-    if not counts[0]:
+    after = rewrite(program, change, report=report)
+    if after is program:
         return program
     error = _largest_change(program, after)
     report.check(f"pass {name}", error <= 1e-6, f"{counts[0]} places, largest relative change {error:.1e}")

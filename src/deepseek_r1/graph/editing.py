@@ -17,11 +17,13 @@ def rewrite(program: Program, change: Callable[[GraphModule], Any], **fields: An
     """A new Program whose graph is a copy of this one's after `change`; weights that were not replaced are shared.
 
     Args:
-        change: edits the GraphModule it is given, in place.
+        change: edits the GraphModule it is given, in place. If it returns 0, nothing was changed and `program`
+            itself comes back.
         fields: other fields of the new Program (precision, parent, report).
     """
     module: GraphModule = program.exported.module(check_guards=False)  # type: ignore[assignment]
-    change(module)
+    if change(module) == 0:
+        return program
     module.graph.eliminate_dead_code()
     module.graph.lint()
     _drop_unused(module)

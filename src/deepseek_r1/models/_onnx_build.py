@@ -6,6 +6,7 @@ Knows nothing about files, and does not check results.
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
 from collections.abc import Iterator
@@ -47,6 +48,12 @@ def torch_name(name: str) -> str:
     """
     parts = [re.sub(r"\W", "_", part).strip("_") for part in name.split(".")]
     return ".".join(part for part in parts if part) or "value"
+
+
+def _argument_name(name: str) -> str:
+    """An input's name as that of a Python argument."""
+    plain = torch_name(name).replace(".", "_")
+    return plain if plain.isidentifier() and not keyword.iskeyword(plain) else f"input_{plain}"
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -95,6 +102,9 @@ class _Builder:
         self.types: dict[str, int] = {}
         self.fixed: set[str] = set()
         self.static: set[str] = set()
+        #: Names that somebody reads; an output that nobody reads need not be computed.
+        self.wanted = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
+        self.wanted.discard("")
         single = {t.name for t in model.graph.initializer if prod(t.dims) == 1}
         for node in model.graph.node:
             self.static.update(_named_inputs(node, STATIC_INPUTS))
@@ -108,7 +118,7 @@ class _Builder:
             self._constant(proto.name, proto, is_initializer=True)
         inputs = [i for i in graph.input if i.name not in self.constants]
         for info in inputs:
-            self.values[info.name] = self.graph.placeholder(torch_name(info.name).replace(".", "_"))
+            self.values[info.name] = self.graph.placeholder(_argument_name(info.name))
         for node in graph.node:
             if node.op_type == "Constant" and node.domain in _ONNX_DOMAINS:
                 self._constant_node(node)
@@ -171,8 +181,11 @@ class _Builder:
         return unique
 
     def _node(self, node: onnx.NodeProto) -> None:
-        used = max(i + 1 for i, name in enumerate(node.output) if name)
+        used = max((i + 1 for i, name in enumerate(node.output) if name in self.wanted), default=0)
+        if not used:
+            return
         attrs = {a.name: _attribute(a) for a in node.attribute}
+        attrs |= {f"{a.name}_type": a.t.data_type for a in node.attribute if a.type == onnx.AttributeProto.TENSOR}
         attrs |= {
             "op": node.op_type,
             "node": f"{node.op_type} node {node.name or node.output[0]!r}",
@@ -187,24 +200,16 @@ class _Builder:
             if used == 1 and not isinstance(result, Tensor | tuple):
                 self.values[node.output[0]] = result
                 return
-        value = attrs.pop("value", None)
-        if isinstance(value, Tensor):
-            attrs["value"] = self._buffer(f"{node.output[0]}_value", value)
         call = self.graph.create_node("call_function", function, (attrs, *inputs), name=self._call_name(node))
         if used == 1:
             self.values[node.output[0]] = call
             return
         for i, name in enumerate(node.output[:used]):
-            if name:
+            if name in self.wanted:
                 self.values[name] = self.graph.call_function(operator.getitem, (call, i))
 
     def _call_name(self, node: onnx.NodeProto) -> str:
         return torch_name(node.name or node.output[0]).replace(".", "_")
-
-    def _buffer(self, name: str, value: Tensor) -> fx.Node:
-        path = self._free_path(torch_name(name))
-        self.attributes[path] = value
-        return self.graph.get_attr(path)
 
     def _output(self, info: onnx.ValueInfoProto) -> fx.Node:
         value = self._value(info.name)
@@ -231,7 +236,8 @@ def _attribute(attribute: onnx.AttributeProto) -> Any:
         )
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, onnx.TensorProto):
-        return to_tensor(value)
+        # Only a filling value comes this way; as a number it stays readable for torch.export.
+        return to_tensor(value).reshape(-1)[0].item()
     if isinstance(value, bytes):
         return value.decode()
     if attribute.type == onnx.AttributeProto.STRINGS:

@@ -40,7 +40,10 @@ def open_session(file: Path) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime's errors have no common base class of their own
         if type(e).__name__ == "NotImplemented":
-            raise UnsupportedOpError(f"{file}: onnxruntime cannot run it on a CPU: {first_line(e)}") from e
+            raise UnsupportedOpError(
+                f"{file}: onnxruntime has no kernel for it, so nothing could be compared: {first_line(e)} "
+                "Convert it to a newer opset with onnx.version_converter.convert_version(model, 17)."
+            ) from e
         raise ArtifactError(f"{file} is damaged: {first_line(e)} Export or download it again.") from e
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ._onnx_values import (
     HOST_SIZE,
     axes_of,
+    dtype_of,
     is_host,
     number,
     numbers,
@@ -51,12 +52,11 @@ def size(attrs: Attrs, x: Any) -> Any:
 @register("ConstantOfShape")
 def constant_of_shape(attrs: Attrs, sizes: Any) -> Any:
     """A tensor (or, for short integer vectors, a list) filled with one value."""
-    value = attrs.get("value")
-    value = torch.zeros(1) if value is None else value
+    value, dtype = attrs.get("value", 0.0), dtype_of(attrs, attrs.get("value_type", 1))
     wanted = numbers(sizes)
-    if len(wanted) == 1 and isinstance(wanted[0], int) and wanted[0] <= HOST_SIZE and value.dtype == torch.int64:
-        return [value.item()] * wanted[0]
-    return torch.full(wanted, value.item(), dtype=value.dtype)
+    if len(wanted) == 1 and isinstance(wanted[0], int) and wanted[0] <= HOST_SIZE and dtype == torch.int64:
+        return [value] * wanted[0]
+    return torch.full(wanted, value, dtype=dtype)
 
 
 @register("Reshape")

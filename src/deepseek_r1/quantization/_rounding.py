@@ -25,6 +25,7 @@ _LARGEST = 4096
 #: Positions of a feature map that are looked at in one batch.
 _POSITIONS = 8192
 _DAMPING = 0.01
+_BLOCK = 64
 
 
 @dataclass
@@ -112,9 +113,15 @@ def round_weight(
     upper = torch.linalg.cholesky(torch.linalg.inv(second), upper=True)
     low, high = fmt.range
     work, stored = exact.clone(), torch.zeros_like(exact)
-    for i in range(inputs):
-        stored[:, :, i] = torch.clamp(torch.round(work[:, :, i] / scale), low, high)
-        error = (work[:, :, i] - stored[:, :, i] * scale) / upper[:, i, i][:, None]
-        work[:, :, i:] -= error[:, :, None] * upper[:, i, i:][:, None, :]
+    for start in range(0, inputs, _BLOCK):
+        # Errors reach the rest of their block at once, and the inputs behind it in one product per block.
+        stop = min(start + _BLOCK, inputs)
+        errors = torch.zeros_like(work[:, :, start:stop])
+        for i in range(start, stop):
+            stored[:, :, i] = torch.clamp(torch.round(work[:, :, i] / scale), low, high)
+            error = (work[:, :, i] - stored[:, :, i] * scale) / upper[:, i, i][:, None]
+            work[:, :, i:stop] -= error[:, :, None] * upper[:, i, i:stop][:, None, :]
+            errors[:, :, i - start] = error
+        work[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
     missing = torch.einsum("goi,gi->go", exact - stored * scale[:, :, None], moments.mean)
     return stored.to(torch.int8).reshape(weight.shape), missing.reshape(-1)

@@ -275,7 +275,7 @@ class Trainer:
             return None
         model_state, state = disk.read_checkpoint(found)
         self._load(found, model_state, state)
-        self._skipped = [(str(bad), why) for bad, why in refused.items()]
+        self._skipped += [(str(bad), why) for bad, why in refused.items()]
         return found
 
     def _state(self) -> dict[str, Any]:
