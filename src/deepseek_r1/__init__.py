@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from .graph import capture as capture
     from .module import DSModule as DSModule
     from .module import load_model as load_model
-    from .nn import Sequential as Sequential
-    from .quantization import AutoQuantizer as AutoQuantizer
+    from .nn import Sequential as Sequential  # type: ignore[assignment]
     from .quantization import quantize as quantize
     from .runtime import load as load_artifact
     from .train import Trainer as Trainer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +111,16 @@ def load_model(spec: str | os.PathLike[str]) -> torch.nn.Module | Program:
         return load_onnx(open_artifact(path).model_path)
     if ".py:" in text or text.endswith(".py"):
         return load_factory(text)
-    readers = {".onnx": load_onnx, ".pt2": load_pt2, ".dr1": Program.load}
+    readers: dict[str, Callable[[Any], torch.nn.Module | Program]] = {
+        ".onnx": load_onnx,
+        ".pt2": load_pt2,
+        ".dr1": Program.load,
+    }
     scheme, colon, rest = text.partition(":")
     if path.suffix in readers and not (colon and scheme in SOURCES):
         if not path.is_file():
             raise InputError(f"{text} does not exist.")
-        found: torch.nn.Module | Program = readers[path.suffix](path)
-        return found
+        return readers[path.suffix](path)
     if colon and len(scheme) > 1:
         loaded: torch.nn.Module = SOURCES.get(scheme)(rest)
         return loaded

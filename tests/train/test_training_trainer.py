@@ -76,9 +76,8 @@ def test_train_loss_is_the_mean_over_samples_of_ragged_windows():
     model = nn.Linear(4, 2)
     x, y = task(10).tensors
     data = list(zip(x.split([4, 4, 2]), y.split([4, 4, 2])))
-    trainer = Trainer(
-        model, data, config=TrainingConfig(device="cpu", gradient_accumulation_steps=2), optimizer=torch.optim.SGD, lr=1e-30
-    )  # fmt: skip
+    config = TrainingConfig(device="cpu", gradient_accumulation_steps=2)
+    trainer = Trainer(model, data, lr=1e-30, config=config, optimizer=torch.optim.SGD)
     expected = F.cross_entropy(model(x), y).item()
     trainer.train(epochs=1)
     assert trainer.step == 2
@@ -296,7 +295,7 @@ def test_a_failing_dataset_is_placed():
 @pytest.mark.parametrize("loader", [loaders()[0], list(loaders()[0])])
 def test_a_micro_batch_beyond_the_loaders_batch_is_refused(loader):
     config = TrainingConfig(device="cpu", micro_batch_size=32)
-    with pytest.raises(ConfigError, match="micro_batch_size=32.*batch of 16.*raise the loader's batch_size"):
+    with pytest.raises(ConfigError, match=r"micro_batch_size=32.*batch of 16.*raise the loader's batch_size"):
         Trainer(net(), loader, config=config).train(epochs=1)
 
 
@@ -331,6 +330,7 @@ def test_the_trainer_and_its_model_are_freed_at_once():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, within torch's own compiler
 def test_compile_runs_the_compiled_model():
     model = nn.Linear(4, 2)
     trainer = Trainer(model, *loaders(), lr=1e-2, config=TrainingConfig(device="cpu", compile=True))

@@ -51,7 +51,6 @@ ROOMS = (
 #: Own public names: name -> "module:attribute". The same table serves `deepseek_r1` and `deepseek`.
 PUBLIC: dict[str, str] = {
     "Artifact": "deepseek_r1.core:Artifact",
-    "AutoQuantizer": "deepseek_r1.quantization:AutoQuantizer",
     "Budget": "deepseek_r1.core:Budget",
     "DSDataLoader": "deepseek_r1.data:DSDataLoader",
     "DSModule": "deepseek_r1.module:DSModule",

@@ -44,7 +44,7 @@ with torch.no_grad():
 def scorecard(
     program: Program,
     artifact: str | os.PathLike[str],
-    dataset: Iterable[Any],
+    dataset: Iterable[Any] | None,
     *,
     batch_sizes: Sequence[int] = (1, 32),
     labels: Sequence[str] | None = None,
@@ -54,7 +54,7 @@ def scorecard(
     The Artifact answers in a fresh process without torch; peak memory of both sides is that of a fresh process.
 
     Args:
-        program: the float program ("before").
+        program: the float program ("before"); of a quantised one, its float parent is taken.
         artifact: directory of the Artifact ("after").
         dataset: batches `(inputs, class indices)` of one input tensor.
         batch_sizes: for the latency rows.
@@ -66,7 +66,8 @@ def scorecard(
     Raises:
         InputError: the dataset is empty, or not of the form above.
     """
-    x, y = _gather(dataset)
+    program = program.parent or program
+    x, y = _gather(dataset or ())
     opened = open_artifact(artifact)
     report = Report(f"{opened.manifest.name}: eager PyTorch to {opened.manifest.engine} {opened.manifest.precision}")
     report.facts.update(probe().facts())

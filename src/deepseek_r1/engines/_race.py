@@ -15,6 +15,7 @@ import torch
 
 from ..core import Budget, Report, progress
 from ..measure import Latency, compare, paired_latency, ratio_interval
+from .base import Runner
 
 #: A float32 candidate may be this many times as far from the float64 reference as eager float32 is.
 ERROR_MULTIPLE = 20.0
@@ -24,7 +25,7 @@ ERROR_FLOOR = 2e-6
 DEFAULT_ACCURACY_DROP = 0.005
 
 Leaves = Sequence[Any]
-Run = Callable[[Leaves], list[torch.Tensor]]
+Run = Runner
 
 
 @dataclass

@@ -14,7 +14,7 @@ from ..graph import Program
 class Runner(Protocol):
     """A compiled program: flat inputs in, flat tensor outputs out, in the program's order."""
 
-    def __call__(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
+    def __call__(self, leaves: Sequence[Any], /) -> list[torch.Tensor]:
         """Run once."""
 
 

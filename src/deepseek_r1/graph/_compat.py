@@ -28,7 +28,8 @@ def graph_from_json(
     data: bytes, state_dict: dict[str, torch.Tensor], constants: dict[str, torch.Tensor], example_inputs: Any
 ) -> ExportedProgram:
     """The exported program of a graph that was checked before; nothing is unpickled."""
-    return _serde.deserialize(_serde.SerializedArtifact(data, state_dict, constants, example_inputs))
+    stores: Any = (state_dict, constants, example_inputs)  # the annotations say bytes; plain values are taken as well
+    return _serde.deserialize(_serde.SerializedArtifact(data, *stores))
 
 
 def scalar_type(number: int) -> torch.dtype:

@@ -73,7 +73,8 @@ def own_weights(module: GraphModule) -> None:
     """Give the graph copies of all its weights; names of one tied weight stay tied."""
     copies: dict[int, torch.Tensor] = {}
     for part in module.modules():
-        for store in (part._parameters, part._buffers):
+        stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for store in stores:
             for name, tensor in store.items():
                 if tensor is None:
                     continue

@@ -104,7 +104,7 @@ def quantize_static(program: Program, dataset: Iterable[Any], config: Int8Static
     result = rewrite(parent, change, precision="int8", parent=parent, report=report)
     report.add("weights", result.parameters_bytes, before=parent_bytes, unit="bytes", how="all parameters and buffers")
     report.add("calibration samples", sum(_rows(b) for b in batches), how=f"{len(batches)} batches")
-    report.add("output SQNR", _sqnr(parent, result, batches[:1]), unit="dB", how="against float, first calibration batch")
+    report.add("output SQNR", _sqnr(parent, result, batches[:1]), unit="dB", how="against float, first batch")
     return result
 
 

@@ -45,7 +45,7 @@ def main(*, out: Path, seed: int = 0) -> dr1.Report:
         labels=digits.labels, preprocessing=digits.preprocessing,
     )  # fmt: skip
 
-    report = dr1.deploy.scorecard(quantised.parent, out / "artifact", digits.test, labels=digits.labels)
+    report = dr1.deploy.scorecard(quantised, out / "artifact", digits.test, labels=digits.labels)
     report.check("test accuracy", report["accuracy"].after >= 0.99, f"{report['accuracy'].after:.4f}, at least 0.99")
     report.sections += [training, quantised.report, fastest.report, exported]
     return report

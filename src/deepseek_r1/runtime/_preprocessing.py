@@ -18,14 +18,14 @@ def _cast(x: Array, dtype: str) -> Array:
 
 
 def _scale(x: Array, factor: float) -> Array:
-    return (x * np.asarray(factor, dtype=x.dtype)).astype(x.dtype)
+    return np.asarray(x * np.asarray(factor, dtype=x.dtype), dtype=x.dtype)
 
 
 def _normalize(x: Array, mean: list[float], std: list[float]) -> Array:
     shape = (1, -1) + (1,) * (x.ndim - 2)
     m = np.asarray(mean, dtype=x.dtype).reshape(shape)
     s = np.asarray(std, dtype=x.dtype).reshape(shape)
-    return (x - m) / s
+    return np.asarray((x - m) / s)
 
 
 def _reshape(x: Array, shape: list[int]) -> Array:

@@ -30,6 +30,7 @@ def first_non_finite(
 
     The run costs one step, draws from a copy of the generators' state, and leaves no gradients behind.
     """
+    model.zero_grad(set_to_none=True)
     with preserved_rng(device):
         for batch in batches:
             part = unpack_batch(batch)

@@ -1,0 +1,44 @@
+# Two commands for a newcomer: `make quickstart` sets up and runs the main job; `make test` sets up and passes the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Sources without a build backend of their own get theirs pinned too.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: quickstart test tiny lint docs clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/deepseek-r1 run digits
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest
+
+tiny: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m tiny
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
+
+# torch goes in first and alone: with it in place, no other package's open range can bring a different build.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed, this is ' + sys.version)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
