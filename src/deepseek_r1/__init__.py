@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from torch.nn import *  # noqa: F403
     from torch.optim import *  # noqa: F403
 
+    from . import core as core
+    from . import data as data
+    from . import deploy as deploy
+    from . import engines as engines
+    from . import graph as graph
+    from . import measure as measure
+    from . import models as models
+    from . import nn as nn
+    from . import quantization as quantization
+    from . import runtime as runtime
+    from . import train as train
     from .core import Artifact as Artifact
     from .core import Budget as Budget
     from .core import DeepSeekError as DeepSeekError
@@ -29,7 +40,7 @@ if TYPE_CHECKING:
     from .module import load_model as load_model
     from .nn import Sequential as Sequential  # type: ignore[assignment]
     from .quantization import quantize as quantize
-    from .runtime import load as load_artifact
+    from .runtime import load as load_artifact  # noqa: F401
     from .train import Trainer as Trainer
     from .train import TrainingConfig as TrainingConfig
     from .train import seed_everything as seed_everything

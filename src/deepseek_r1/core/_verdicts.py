@@ -16,7 +16,7 @@ SLIM = {
     "numpy": ("1.26", "arrays"),
     "onnxruntime": ("1.20", "running exported models"),
     "rich": ("13", "tables and progress"),
-    "typer": ("0.15", "the command line"),
+    "typer": ("0.21", "the command line"),
 }
 TORCH_MINIMUM = "2.11"
 WITH_TORCH = {

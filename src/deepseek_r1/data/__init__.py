@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ._batch import unpack_batch
+from ._batch import batch_size, unpack_batch
 from ._digits import digits
 from ._load import load_data
 from ._loader import DSDataLoader
 from ._splits import DataSplits, split
 
-__all__ = ["DSDataLoader", "DataSplits", "digits", "load_data", "split", "unpack_batch"]
+__all__ = ["DSDataLoader", "DataSplits", "batch_size", "digits", "load_data", "split", "unpack_batch"]

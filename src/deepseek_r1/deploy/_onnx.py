@@ -13,16 +13,17 @@ import torch.utils._pytree as pytree
 from ..core import CheckFailedError, Report, TensorSpec, atomic
 from ..engines import to_onnx
 from ..graph import Program
-from ..measure import Parity, compare
+from ..measure import Parity, compare, pool
 from ..runtime import RUNTIMES
 from .base import Job
 
 #: Largest difference a float32 file may have, relative to the largest output.
 FP32_TOLERANCE = 1e-4
-#: Smallest signal-to-noise ratio and top-1 agreement of an int8 file against the quantised program. The engine rounds
-#: in integers where the program rounds in floats, so that single steps of the scale differ.
+#: Smallest signal-to-noise ratio of an int8 file against the quantised program, and the share of rows whose largest
+#: entry may move (one row always may). The engine rounds in integers where the program rounds in floats, so that
+#: single steps of the scale differ.
 INT8_SQNR_DB = 20.0
-INT8_TOP1 = 0.98
+INT8_FLIPS = 0.02
 
 
 class OnnxTarget:
@@ -76,22 +77,25 @@ def check_model(job: Job, path: Path, report: Report) -> None:
     report.add(
         "file size", path.stat().st_size, before=job.program.parameters_bytes, unit="bytes", how="weights before"
     )
-    worst_abs, worst_rel = max(p.max_abs for p in found), max(p.max_rel for p in found)
-    sqnr, top1 = min(p.sqnr_db for p in found), min(p.top1 for p in found)
-    samples = sum(leaves[0].shape[0] for leaves, _ in job.batches if getattr(leaves[0], "ndim", 0))
-    how = f"onnxruntime against the program, {samples} samples"
-    report.add("parity, largest difference", worst_abs, how=how)
-    report.add("parity, relative to the largest output", worst_rel, how=how)
-    report.add("parity, top-1 agreement", top1, how=f"worst batch, {how}")
+    parity = pool(found)
+    how = f"onnxruntime against the program, {parity.rows} rows"
+    report.add("parity, largest difference", parity.max_abs, how=how)
+    report.add("parity, relative to the largest output", parity.max_rel, how=how)
+    report.add("parity, top-1 agreement", parity.top1, how=how)
     if rows:
         how = f"onnxruntime, {rows} labels"
         report.add("accuracy of the file", right / rows, before=right_before / rows, how=how)
     if job.program.precision == "fp32":
-        detail = f"largest relative difference {worst_rel:.1e}, allowed {FP32_TOLERANCE:.0e}"
-        passed = report.check("parity in onnxruntime", worst_rel <= FP32_TOLERANCE, detail)
+        detail = f"largest relative difference {parity.max_rel:.1e}, allowed {FP32_TOLERANCE:.0e}"
+        passed = report.check("parity in onnxruntime", parity.max_rel <= FP32_TOLERANCE, detail)
     else:
-        detail = f"SQNR {sqnr:.1f} dB (at least {INT8_SQNR_DB:g}), top-1 agreement {top1:.4f} (at least {INT8_TOP1})"
-        passed = report.check("parity in onnxruntime", sqnr >= INT8_SQNR_DB and top1 >= INT8_TOP1, detail)
+        flips = round((1 - parity.top1) * parity.rows)
+        allowed = max(1, int(INT8_FLIPS * parity.rows))
+        detail = (
+            f"SQNR {parity.sqnr_db:.1f} dB (at least {INT8_SQNR_DB:g}), "
+            f"{flips} of {parity.rows} rows with another largest entry (at most {allowed})"
+        )
+        passed = report.check("parity in onnxruntime", parity.sqnr_db >= INT8_SQNR_DB and flips <= allowed, detail)
     if not passed:
         raise CheckFailedError(f"{job.path} was not written: parity in onnxruntime failed: {detail}", report=report)
 

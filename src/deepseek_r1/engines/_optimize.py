@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
 from ..core import Budget, CheckFailedError, ConfigError, InputError, Report, probe
-from ..data import unpack_batch
+from ..data import batch_size, unpack_batch
 from ..graph import Program, as_inputs, capture, float64_module, to_float64
 from ._race import Candidate, Task, race
 from .base import ENGINES
 from .executable import Executable
 
-#: At most this many batches of the dataset judge a candidate's accuracy.
-_BATCHES = 64
+#: Samples of the dataset after which no further batch is taken to judge a candidate's accuracy.
+_SAMPLES = 4096
 
 
 def optimize(
@@ -89,7 +88,13 @@ def optimize(
 def _batches(dataset: Iterable[Any] | None) -> list[Any]:
     if dataset is None:
         return []
-    found = list(islice(dataset, _BATCHES))
+    found: list[Any] = []
+    samples = 0
+    for batch in dataset:
+        found.append(batch)
+        samples += batch_size(*unpack_batch(batch)[:2])
+        if samples >= _SAMPLES:
+            break
     if not found:
         raise InputError("optimize(dataset=...): the dataset is empty.")
     return found

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ._latency import Latency, paired_latency, ratio_interval
 from ._memory import peak_memory_of
-from ._parity import Parity, compare
+from ._parity import Parity, compare, pool
 
-__all__ = ["Latency", "Parity", "compare", "paired_latency", "peak_memory_of", "ratio_interval"]
+__all__ = ["Latency", "Parity", "compare", "paired_latency", "peak_memory_of", "pool", "ratio_interval"]

@@ -38,6 +38,7 @@ def paired_latency(
     warmup: int = 3,
     min_round_s: float = 2e-4,
     max_seconds: float | None = None,
+    settle_s: float = 2e-3,
 ) -> dict[str, Latency]:
     """Time the rivals in turns.
 
@@ -47,6 +48,8 @@ def paired_latency(
         warmup: untimed calls of each before.
         min_round_s: a faster function is called several times a round, so that the clock is fine enough.
         max_seconds: stop after this time, though never before five rounds.
+        settle_s: pause before each rival's turn, which then begins with an untimed call. Thread pools of one engine
+            keep spinning for a while after its call and would take the cores from the next one.
 
     Example:
         >>> times = paired_latency({"a": lambda: sum(range(50)), "b": lambda: sum(range(5000))}, rounds=9)
@@ -68,6 +71,8 @@ def paired_latency(
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             function, n = rivals[name], repeats[name]
+            time.sleep(settle_s)
+            function()
             start = time.perf_counter()
             for _ in range(n):
                 function()

@@ -22,6 +22,7 @@ class Parity:
         cosine: smallest cosine similarity of an output, flattened.
         sqnr_db: 10 log10(signal power / error power), infinite for equal arrays.
         top1: share of rows whose largest entry is in the same place (first output, last axis).
+        signal: sum of squares of the reference; noise: of the differences; rows: of the first output.
     """
 
     max_abs: float
@@ -29,6 +30,41 @@ class Parity:
     cosine: float
     sqnr_db: float
     top1: float
+    signal: float = 0.0
+    noise: float = 0.0
+    rows: int = 0
+
+
+def pool(parts: Sequence[Parity]) -> Parity:
+    """The parity over several batches: the worst distances, the ratio of the summed powers, the share of all rows.
+
+    Raises:
+        InputError: no parts.
+
+    Example:
+        >>> a, b = compare([np.eye(2)], [np.eye(2)]), compare([np.eye(2)], [1 - np.eye(2)])
+        >>> pool([a, b]).top1
+        0.5
+    """
+    if not parts:
+        raise InputError("pool needs at least one parity.")
+    signal, noise, rows = sum(p.signal for p in parts), sum(p.noise for p in parts), sum(p.rows for p in parts)
+    return Parity(
+        max_abs=max(p.max_abs for p in parts),
+        max_rel=max(p.max_rel for p in parts),
+        cosine=min(p.cosine for p in parts),
+        sqnr_db=_decibel(signal, noise),
+        top1=sum(p.top1 * p.rows for p in parts) / rows if rows else 1.0,
+        signal=signal,
+        noise=noise,
+        rows=rows,
+    )
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(max(signal, 1e-300) / noise) if math.isfinite(noise) else -math.inf
 
 
 def compare(reference: Sequence[Any], candidate: Sequence[Any]) -> Parity:
@@ -51,7 +87,10 @@ def compare(reference: Sequence[Any], candidate: Sequence[Any]) -> Parity:
         if x.size == 0:
             continue
         if not np.array_equal(np.isfinite(x), np.isfinite(y)):
-            return Parity(max_abs=math.inf, max_rel=math.inf, cosine=-1.0, sqnr_db=-math.inf, top1=0.0)
+            return Parity(
+                max_abs=math.inf, max_rel=math.inf, cosine=-1.0, sqnr_db=-math.inf, top1=0.0,
+                noise=math.inf, rows=_rows(x),
+            )  # fmt: skip
         finite = np.isfinite(x)
         x, y = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
         difference = float(np.max(np.abs(x - y)))
@@ -61,9 +100,21 @@ def compare(reference: Sequence[Any], candidate: Sequence[Any]) -> Parity:
         cosine = min(cosine, float(np.vdot(x, y)) / norm if norm else 1.0)
         signal += float(np.sum(x * x))
         noise += float(np.sum((x - y) ** 2))
-    sqnr = math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
-    top1 = _top1(np.asarray(reference[0]), np.asarray(candidate[0])) if reference else 1.0
-    return Parity(max_abs=max_abs, max_rel=max_rel, cosine=cosine, sqnr_db=sqnr, top1=top1)
+    first = np.asarray(reference[0]) if reference else np.zeros(0)
+    return Parity(
+        max_abs=max_abs,
+        max_rel=max_rel,
+        cosine=cosine,
+        sqnr_db=_decibel(signal, noise),
+        top1=_top1(first, np.asarray(candidate[0])) if reference else 1.0,
+        signal=signal,
+        noise=noise,
+        rows=_rows(first),
+    )
+
+
+def _rows(a: Any) -> int:
+    return int(np.prod(a.shape[:-1])) if a.ndim and a.size else 0
 
 
 def _top1(a: Any, b: Any) -> float:

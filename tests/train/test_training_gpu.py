@@ -1,0 +1,113 @@
+"""What is different on a GPU: the late verdict, device-side skipping, half precision, the device's generator."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from deepseek_r1.core import NonFiniteLossError
+from deepseek_r1.train import Callback, Trainer, TrainingConfig
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 2))
+
+
+def batches(n=20, bad=None):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 32, 4, generator=g)
+    if bad is not None:
+        x[bad, 3, 1] = math.inf
+    return [(x[i], (x[i].sum(dim=1) > 0).long()) for i in range(n)]
+
+
+def weights(model):
+    return [p.detach().cpu().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "fp16"])
+def test_training_learns_at_each_precision(precision):
+    trainer = Trainer(net(), batches(), batches(4), lr=1e-2, config=TrainingConfig(precision=precision))
+    report = trainer.train(epochs=4)
+    assert next(trainer.model.parameters()).is_cuda
+    assert next(trainer.model.parameters()).dtype == torch.float32
+    assert report["val_accuracy"].after > 0.9
+    assert trainer.predict(batches(2)).device.type == "cpu"
+    assert precision != "auto" or trainer.config.precision in ("bf16", "fp16")
+
+
+class Keep(Callback):
+    """Keeps the weights after every step (the copy waits for the device)."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, trainer):
+        self.seen.append(weights(trainer.model))
+
+
+@pytest.mark.parametrize("bad", [7, 19])
+@pytest.mark.parametrize(
+    "optimizer", [None, torch.optim.SGD, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True)]
+)
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_bad_step_is_never_applied(bad, optimizer, clip):
+    keep = Keep()
+    config = TrainingConfig(precision="fp32", clip_grad_norm=clip)
+    trainer = Trainer(net(), batches(bad=bad), lr=1e-2, config=config, optimizer=optimizer, callbacks=[keep])
+    with pytest.raises(NonFiniteLossError, match=rf"step {bad + 1} \(epoch 1\).*batch's inputs hold non-finite"):
+        trainer.train(epochs=1)
+    good = keep.seen[bad - 1]
+    assert all(torch.equal(a, b) for a, b in zip(good, weights(trainer.model)))
+
+
+def test_a_bad_layer_is_named_although_the_verdict_is_late(tmp_path):
+    class Log(nn.Module):
+        def forward(self, x):
+            return torch.log(x)
+
+    model = nn.Sequential(nn.Identity(), Log(), nn.Linear(4, 2))
+    data = [(x.abs() + 0.1, y) for x, y in batches()]
+    data[5][0][0, 0] = -1.0
+    config = TrainingConfig(precision="fp32", save_dir=str(tmp_path), save_every_steps=1)
+    with pytest.raises(NonFiniteLossError, match=r"step 6 .*layer '1' \(Log\).*step-00000005"):
+        Trainer(model, data, lr=1e-2, config=config).train(epochs=1)
+    assert max(p.name for p in tmp_path.iterdir()) == "step-00000005"
+
+
+def test_resuming_is_exact_with_deterministic_kernels(tmp_path):
+    x = torch.randn(60, 4)
+    data = TensorDataset(x, (x.sum(dim=1) > 0).long())
+
+    def make(folder):
+        config = TrainingConfig(save_dir=str(folder), save_every_steps=1, keep_last=None, seed=1, deterministic=True)
+        return Trainer(net(), DataLoader(data, batch_size=8, shuffle=True), lr=1e-2, config=config)
+
+    whole = make(tmp_path / "a")
+    whole.train(epochs=2)
+    resumed = make(tmp_path / "b")
+    torch.cuda.manual_seed(99)
+    resumed.resume(tmp_path / "a" / "step-00000005")
+    resumed.train(epochs=2)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole.model), weights(resumed.model)))
+
+
+def test_a_step_does_not_wait_for_the_device():
+    trainer = Trainer(net(), [(x.pin_memory(), y.pin_memory()) for x, y in batches()], config=TrainingConfig())
+    trainer.train(epochs=1)
+    window = [tuple(t.pin_memory() for t in batches(1)[0])]
+    trainer.model.train()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer._stepper.step(window, 100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    trainer._stepper.settle()
