@@ -200,6 +200,23 @@ def test_outputs_that_nobody_reads_do_not_matter(tmp_path):
     torch.testing.assert_close(loaded(x), torch.nn.functional.layer_norm(x, [4]) + 1)
 
 
+def test_names_in_the_file_never_become_code(tmp_path):
+    marker = tmp_path / "ran"
+    evil = f"x'\"\n); open({str(marker)!r}, 'w'); ("
+    nodes = [
+        helper.make_node("MatMul", [evil, evil + "w"], [evil + "h"], name=evil + "n"),
+        helper.make_node("Pad", [evil + "h", "pads", "low"], ["y"], name=evil),
+    ]
+    constants = {evil + "w": np.eye(4, dtype=np.float32), "pads": np.array([0, 0, 0, 1]), "low": np.float32(-np.inf)}
+    path = _save(tmp_path / "model.onnx", nodes, {k: np.asarray(v) for k, v in constants.items()})
+    model = onnx.load(path)
+    model.graph.input[0].name = evil
+    onnx.save(model, path)
+    loaded = load_onnx(path)
+    assert loaded(torch.ones(2, 4))[0].tolist() == [1, 1, 1, 1, -torch.inf]
+    assert not marker.exists()
+
+
 def test_one_shared_initializer_is_one_parameter(tmp_path):
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])]
     loaded = load_onnx(_save(tmp_path / "model.onnx", nodes, {"w": 2 * np.eye(4, dtype=np.float32)}))

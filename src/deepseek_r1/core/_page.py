@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import io
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .errors import ConfigError
 from .report import Plot, Report, format_value
@@ -23,10 +25,10 @@ table{border-collapse:collapse;width:100%} th,td{padding:.4rem .6rem;border-bott
 th{background:#f6f8fa;font-weight:600} td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.how{color:#57606a;font-size:.9rem}
 .pass{color:#116329;font-weight:600} .fail{color:#a40e26;font-weight:700}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:1.2rem}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:1.2rem}
 figure{margin:0;border:1px solid #d8dee4;border-radius:6px;padding:.6rem} figure svg{width:100%;height:auto}
 figcaption{color:#57606a;font-size:.9rem}
-ul{padding-left:1.2rem}
+ul{padding-left:1.2rem} ul.checks{list-style:none;padding-left:0}
 details{margin-top:2.5rem;border-top:2px solid #d8dee4;padding-top:.8rem}
 summary{font-size:1.25rem;font-weight:600;cursor:pointer}
 """
@@ -37,7 +39,8 @@ def page(report: Report) -> str:
     """The whole page as text."""
     body = [f"<h1>{_e(report.title)}</h1>", f'<p class="meta">{_e(_meta(report))}</p>', *_content(report)]
     for section in report.sections:
-        body += [f"<details open><summary>{_e(section.title)}</summary>", *_content(section), "</details>"]
+        content = _content(section, known=report.facts)
+        body += [f"<details open><summary>{_e(section.title)}</summary>", *content, "</details>"]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>{_e(report.title)}</title><style>{_STYLE}</style></head>'
@@ -45,7 +48,8 @@ def page(report: Report) -> str:
     )
 
 
-def _content(report: Report) -> list[str]:
+def _content(report: Report, known: Mapping[str, Any] | None = None) -> list[str]:
+    """Everything but the title; facts that are `known` from further up the page are not said again."""
     body: list[str] = []
     if report.rows:
         body += ["<h2>Measured</h2>", _rows(report)]
@@ -55,7 +59,7 @@ def _content(report: Report) -> list[str]:
             f"{_e(c.name)}{': ' + _e(c.detail) if c.detail else ''}</li>"
             for c in report.checks
         )
-        body += ["<h2>Checks</h2>", f"<ul>{items}</ul>"]
+        body += ["<h2>Checks</h2>", f'<ul class="checks">{items}</ul>']
     if report.plots:
         figures = "".join(_figure(plot) for plot in report.plots)
         body += ["<h2>Figures</h2>", f'<div class="figures">{figures}</div>']
@@ -64,8 +68,9 @@ def _content(report: Report) -> list[str]:
         body += ["<h2>Skipped</h2>", f"<ul>{items}</ul>"]
     if report.notes:
         body += ["<h2>Notes</h2>", "<ul>" + "".join(f"<li>{_e(n)}</li>" for n in report.notes) + "</ul>"]
-    if report.facts:
-        items = "".join(f"<tr><td>{_e(k)}</td><td>{_e(_fact(v))}</td></tr>" for k, v in report.facts.items())
+    facts = {k: v for k, v in report.facts.items() if known is None or known.get(k) != v}
+    if facts:
+        items = "".join(f"<tr><td>{_e(k)}</td><td>{_e(_fact(v))}</td></tr>" for k, v in facts.items())
         body += ["<h2>Where it ran</h2>", f"<table>{items}</table>"]
     return body
 
@@ -76,7 +81,8 @@ def _e(value: Any) -> str:
 
 def _meta(report: Report) -> str:
     verdict = "all checks passed" if report.ok else f"{len(report.failed)} check(s) failed"
-    return f"{report.created} · {verdict}" if report.checks else report.created
+    when = report.created.replace("T", " ").replace("+00:00", " UTC")
+    return f"{when} · {verdict}" if report.checks else when
 
 
 def _fact(value: Any) -> str:
@@ -114,6 +120,7 @@ def _svg(plot: Plot) -> str:
     # A fixed salt and no date make the same report give the same bytes.
     settings: Any = {"svg.hashsalt": "deepseek-r1"}
     settings |= {"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}
+    settings |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.6, 3.9), layout="constrained")
         axes = figure.add_subplot()
@@ -138,15 +145,27 @@ def _scatter(axes: Axes, plot: Plot) -> None:
     names = iter(plot.labels)
     for i, (name, points) in enumerate(plot.series.items()):
         sizes = [p[2] if len(p) > 2 else 60 for p in points]
-        axes.scatter([p[0] for p in points], [p[1] for p in points], s=sizes, label=name, color=_COLOURS[i % 6])
-        for point in points:
-            label = next(names, "")
-            if label:
-                axes.annotate(label, point[:2], xytext=(6, 6), textcoords="offset points", fontsize=9)
-    axes.margins(0.25)
+        axes.scatter([p[0] for p in points], [p[1] for p in points], s=sizes, color=_COLOURS[i % 6])
+        # A key with points of all sizes would cover the figure; the names stand beside the points.
+        for point, size in zip(points, sizes):
+            words = [w for w in (name if len(plot.series) > 1 else "", next(names, "")) if w]
+            below = -(size**0.5) / 2 - 4
+            axes.annotate(
+                "\n".join(words), point[:2], xytext=(0, below), textcoords="offset points", ha="center", va="top",
+                fontsize=9,
+            )  # fmt: skip
+    axes.margins(0.3, 0.45)
     axes.grid(alpha=0.3)
-    if len(plot.series) > 1:
-        axes.legend(frameon=False)
+    _keep_within(axes, plot)
+
+
+def _keep_within(axes: Axes, plot: Plot) -> None:
+    """No axis goes where no value can be: below zero, or above 100 %."""
+    values = [point for points in plot.series.values() for point in points]
+    if all(v[0] >= 0 for v in values):
+        axes.set_xlim(left=0)
+    if "%" in plot.y_label and all(v[1] <= 100 for v in values):
+        axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
 
 
 def _histogram(axes: Axes, plot: Plot) -> None:
@@ -156,9 +175,18 @@ def _histogram(axes: Axes, plot: Plot) -> None:
     # The slowest hundredth would squeeze everything else into one bar.
     top = everything[min(len(everything) - 1, int(len(everything) * 0.99))]
     low, high = everything[0], max(top, everything[0] * 1.001 + 1e-12)
+    # Rivals that lie ten times apart would each be one bar on a linear axis.
+    spread = low > 0 and high / low > 10
+    edges = [low * (high / low) ** (k / 60) if spread else low + (high - low) * k / 60 for k in range(61)]
+    edges[-1] = high
     for i, (name, values) in enumerate(plot.series.items()):
         clipped = [min(v, high) for v in values]
-        axes.hist(clipped, bins=60, range=(low, high), alpha=0.6, label=name, color=_COLOURS[i % 6])
+        axes.hist(clipped, bins=edges, alpha=0.6, label=name, color=_COLOURS[i % 6])
+    if spread:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 

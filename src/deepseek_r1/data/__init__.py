@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from ._batch import batch_size, unpack_batch
 from ._digits import digits
+from ._labels import class_dim, class_hits
 from ._load import load_data
 from ._loader import DSDataLoader
 from ._splits import DataSplits, split
 
-__all__ = ["DSDataLoader", "DataSplits", "batch_size", "digits", "load_data", "split", "unpack_batch"]
+__all__ = [
+    "DSDataLoader",
+    "DataSplits",
+    "batch_size",
+    "class_dim",
+    "class_hits",
+    "digits",
+    "load_data",
+    "split",
+    "unpack_batch",
+]

@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from ..core import CheckFailedError, Report, TensorSpec, atomic
+from ..data import class_hits
 from ..engines import to_onnx
 from ..graph import Program
 from ..measure import Parity, compare, pool
@@ -69,11 +70,10 @@ def check_model(job: Job, path: Path, report: Report) -> None:
         expected = _run(job.program, leaves)
         answers = session.run({n: leaves[i].detach().cpu().contiguous().numpy() for n, i in zip(names, positions)})
         found.append(compare([e.numpy() for e in expected], answers))
-        if _has_classes(labels, expected):
-            y = labels.cpu().numpy()
-            right += int((answers[0].argmax(-1) == y).sum())
-            right_before += int((expected[0].numpy().argmax(-1) == y).sum())
-            rows += y.size
+        hits = class_hits(torch.from_numpy(answers[0]), labels)
+        before = class_hits(expected[0], labels)
+        if hits is not None and before is not None:
+            right, right_before, rows = right + int(hits.sum()), right_before + int(before.sum()), rows + len(hits)
     report.add(
         "file size", path.stat().st_size, before=job.program.parameters_bytes, unit="bytes", how="weights before"
     )
@@ -116,12 +116,3 @@ def _run(program: Program, leaves: list[Any]) -> list[torch.Tensor]:
     with torch.no_grad():
         outputs = program(*args, **kwargs)
     return [v.detach().cpu() for v in pytree.tree_leaves(outputs) if isinstance(v, torch.Tensor)]
-
-
-def _has_classes(labels: Any, expected: list[torch.Tensor]) -> bool:
-    return (
-        isinstance(labels, torch.Tensor)
-        and not labels.is_floating_point()
-        and expected[0].ndim >= 2
-        and labels.shape == expected[0].shape[:-1]
-    )

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..core import Budget, Report, progress
+from ..data import class_hits
 from ..measure import Latency, compare, paired_latency, ratio_interval
 from .base import Runner
 
@@ -151,22 +152,13 @@ def task_metric(outputs: list[torch.Tensor], floats: list[torch.Tensor], labels:
         floats: the float model's answers.
         labels: class indices or None for each batch.
     """
-    if all(_are_classes(label, out) for label, out in zip(labels, outputs)):
-        right = [(o.argmax(-1) == torch.as_tensor(y).to(o.device)).float().flatten() for o, y in zip(outputs, labels)]
-        found = torch.cat(right)
+    hits = [class_hits(out, label) for out, label in zip(outputs, labels)]
+    right = [h for h in hits if h is not None]
+    if len(right) == len(outputs):
+        found = torch.cat(right).float()
         return float(found.mean()), f"accuracy on {len(found)} labels"
     same = torch.cat([(a.argmax(-1) == b.argmax(-1)).float().flatten() for a, b in zip(outputs, floats)])
     return float(same.mean()), f"agreement with the float model on {len(same)} rows"
-
-
-def _are_classes(labels: Any, output: torch.Tensor) -> bool:
-    return (
-        isinstance(labels, torch.Tensor)
-        and not labels.is_floating_point()
-        and labels.dtype is not torch.bool
-        and output.ndim >= 2
-        and labels.shape == output.shape[:-1]
-    )
 
 
 def _choose(baseline: Candidate, alive: list[Candidate], budget: Budget, report: Report) -> Candidate:

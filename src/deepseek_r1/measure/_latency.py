@@ -36,7 +36,7 @@ def paired_latency(
     *,
     rounds: int = 50,
     warmup: int = 3,
-    min_round_s: float = 2e-4,
+    min_round_s: float = 1e-3,
     max_seconds: float | None = None,
     settle_s: float = 2e-3,
 ) -> dict[str, Latency]:
@@ -48,8 +48,8 @@ def paired_latency(
         warmup: untimed calls of each before.
         min_round_s: a faster function is called several times a round, so that the clock is fine enough.
         max_seconds: stop after this time, though never before five rounds.
-        settle_s: pause before each rival's turn, which then begins with an untimed call. Thread pools of one engine
-            keep spinning for a while after its call and would take the cores from the next one.
+        settle_s: pause before each rival's turn, and length of the untimed calls that follow. Thread pools of one
+            engine keep spinning for a while after its call and would take the cores from the next one.
 
     Example:
         >>> times = paired_latency({"a": lambda: sum(range(50)), "b": lambda: sum(range(5000))}, rounds=9)
@@ -72,7 +72,7 @@ def paired_latency(
         for name in names[turn:] + names[:turn]:
             function, n = rivals[name], repeats[name]
             time.sleep(settle_s)
-            function()
+            _run_for(function, settle_s)
             start = time.perf_counter()
             for _ in range(n):
                 function()
@@ -80,6 +80,13 @@ def paired_latency(
         if max_seconds is not None and number >= 4 and time.perf_counter() - begin > max_seconds:
             break
     return {name: Latency(name=name, seconds=tuple(values)) for name, values in times.items()}
+
+
+def _run_for(function: Callable[[], Any], seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    function()
+    while time.perf_counter() < end:
+        function()
 
 
 def ratio_interval(a: Latency, b: Latency, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float, float]:

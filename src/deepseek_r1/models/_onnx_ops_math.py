@@ -49,10 +49,10 @@ def _power(a: Any, b: Any) -> Any:
 
 
 def _publish(op_type: str, function: Callable[..., Any]) -> None:
-    """Register a function made here under a name of this module, where a pickled graph finds it again."""
+    """Register a function made here, under the name that the generated code shows."""
     function.__name__ = function.__qualname__ = f"onnx_{op_type.lower()}"
     function.__doc__ = f"ONNX {op_type}."
-    globals()[function.__name__] = register(op_type)(function)
+    register(op_type)(function)
 
 
 def _binary(op_type: str, on_host: Callable[..., Any], on_tensor: Callable[..., Any], numbers_too: bool = True) -> None:
