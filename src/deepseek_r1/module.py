@@ -39,7 +39,11 @@ class DSModule(torch.nn.Module):
     @classmethod
     def from_onnx(cls, path: str | os.PathLike[str]) -> DSModule:
         """Convert an ONNX file; checked against ONNX Runtime within 1e-5. See `models.load_onnx` for errors."""
-        return _Wrapped(load_onnx(path))
+        converted = load_onnx(path)
+        module = _Wrapped(converted)
+        meta: Any = converted.meta
+        module._report = meta["report"]
+        return module
 
     @property
     def report(self) -> Report:

@@ -173,11 +173,16 @@ def _candidate(engine: str, program: Program, report: Report) -> Candidate | Non
         report.skip(name, f"compiling failed: {type(e).__name__}: {str(e)[:300]}")
         return None
 
-    def quiet(leaves: Sequence[Any]) -> list[torch.Tensor]:
+    on_gpu = any(t.device.type == "cuda" for t in program.exported.state_dict.values())
+
+    def finished(leaves: Sequence[Any]) -> list[torch.Tensor]:
         with torch.no_grad():
-            return list(run(leaves))
+            outputs = list(run(leaves))
+        if on_gpu:
+            torch.cuda.synchronize()
+        return outputs
 
     return Candidate(
-        name=name, run=quiet, size_bytes=program.parameters_bytes, float32=program.precision == "fp32",
+        name=name, run=finished, size_bytes=program.parameters_bytes, float32=program.precision == "fp32",
         tag=(engine, program),
     )  # fmt: skip

@@ -47,6 +47,8 @@ _ALLOWED_WORD = re.compile(
     re.ASCII,
 )
 _ALLOWED_TEXT = re.compile(r"[\w\s+\-*/%(),.<>=&|~]*", re.ASCII)
+#: Keys under which a graph holds objects of the user's own classes.
+_OBJECTS = ("custom_obj", "custom_obj_values", "as_custom_obj", "as_custom_objs", "as_opaque", "as_opaque_objs")
 _NAME = re.compile(r"\w*")
 _DOTTED = re.compile(r"[\w.]*")
 #: Names of weights and modules may hold anything but what ends a string or a line of source.
@@ -98,7 +100,7 @@ def plain_graph(data: bytes) -> bytes:
 
 
 def _walk(graph: Any) -> Iterator[tuple[str, str]]:
-    """Every text of the graph with the key it stands under, every key under "". Takes metadata of nodes out on its way."""
+    """Every text with the key it stands under, and every key under "". Takes the metadata of nodes out on its way."""
     stack: list[tuple[str, Any]] = [("", graph)]
     while stack:
         key, item = stack.pop()
@@ -108,13 +110,10 @@ def _walk(graph: Any) -> Iterator[tuple[str, str]]:
             stack.extend((key, child) for child in item)
         elif isinstance(item, dict):
             if key == "nodes" and isinstance(item.get("metadata"), dict):
-                stack_of_modules = item["metadata"].get("nn_module_stack")
-                item["metadata"] = {"nn_module_stack": stack_of_modules} if stack_of_modules else {}
+                item["metadata"] = {k: v for k, v in item["metadata"].items() if k == "nn_module_stack"}
             for name, child in item.items():
-                if name.startswith(("custom_obj", "as_custom_obj", "as_opaque")) and child:
-                    child = {"custom_obj": "custom object"}
                 yield "", name
-                stack.append((name, child))
+                stack.append((name, "custom object") if name in _OBJECTS and child else (name, child))
 
 
 def _check_text(key: str, value: str, where: str) -> None:
@@ -128,6 +127,11 @@ def _check_text(key: str, value: str, where: str) -> None:
 def _check_path(text: str, where: str) -> None:
     if not _PATH.fullmatch(text):
         raise UnsafeFileError(f"{where}: {text[:80]!r} is no name of a weight or module. The file was not opened.")
+
+
+def _check_line(text: str, where: str) -> None:
+    if not text.isprintable():
+        raise UnsafeFileError(f"{where}: {text[:80]!r} is no path of modules. The file was not opened.")
 
 
 def _refuse_object(text: str, where: str) -> None:
@@ -151,9 +155,9 @@ def _check_operator(target: str, where: str) -> None:
                     f"{where}: the graph calls {target!r}, which is no operator registered here. If it is a custom "
                     "operator, load its library first; otherwise do not trust this file."
                 )
-            if full not in _REFUSED_OPS and namespace not in _REFUSED_SPACES:
-                if namespace in _COMPUTING or not _takes_text(full, "" if overload == "default" else overload):
-                    return
+            harmless = namespace in _COMPUTING or not _takes_text(full, "" if overload == "default" else overload)
+            if harmless and full not in _REFUSED_OPS and namespace not in _REFUSED_SPACES:
+                return
     raise UnsafeFileError(f"{where}: the graph calls {target!r}, which is not an allowed operator. It was not opened.")
 
 
@@ -187,32 +191,31 @@ def check_tree(text: Any, where: str, *, of_inputs: bool = False) -> None:
         root = json.loads(text)[1]
         nodes = [root]
         while nodes:
-            node = nodes.pop()
-            context = _check_nest(node, where)
-            nodes.extend(node["children_spec"])
-            if of_inputs and node in root["children_spec"][1:]:
-                _check_names(context, where)
+            _check_nest(nodes[-1], where)
+            nodes.extend(nodes.pop()["children_spec"])
+        for keywords in root["children_spec"][1:] if of_inputs else []:
+            _check_names(_context(keywords), where)
+    except UnsafeFileError:
+        raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as e:
-        if isinstance(e, UnsafeFileError):
-            raise
         raise ArtifactError(f"{where}: a description of nested inputs is damaged: {type(e).__name__}: {e}") from e
 
 
-def _check_nest(node: Any, where: str) -> Any:
-    """The context of one nest; raises unless its type is a plain one, or one that this process registered."""
-    kind, context = node["type"], node["context"]
-    if kind is None and context is None:
-        return None
+def _check_nest(node: Any, where: str) -> None:
+    """Raise unless the type of one nest is a plain one, or one that this process registered."""
+    kind = node["type"]
+    if kind is None and node["context"] is None:
+        return
     # A defaultdict names a factory to import, and torch imports the class of an enumeration out of any JSON object.
-    if kind in ("collections.defaultdict", None) or kind not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+    known = kind in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE and kind != "collections.defaultdict"
+    context = _context(node) if known and kind != "collections.namedtuple" else None
+    if not known or any(isinstance(v, dict | list) for v in (context if isinstance(context, list) else [context])):
         raise UnsafeFileError(f"{where}: nested inputs of type {kind!r} are not opened.")
-    if kind == "collections.namedtuple":
-        return None
-    parsed = json.loads(context) if isinstance(context, str) else context
-    flat = parsed if isinstance(parsed, list) else [parsed]
-    if any(isinstance(v, dict | list) for v in flat):
-        raise UnsafeFileError(f"{where}: nested inputs of type {kind!r} with an object in them are not opened.")
-    return parsed
+
+
+def _context(node: Any) -> Any:
+    context = node["context"]
+    return json.loads(context) if isinstance(context, str) else context
 
 
 def _check_names(context: Any, where: str) -> None:
@@ -232,12 +235,10 @@ _CHECKS: dict[str, Callable[[str, str], None]] = {
     "expr_str": check_expression,
     "in_spec": lambda text, where: check_tree(text, where, of_inputs=True),
     "out_spec": check_tree,
-    "custom_obj": _refuse_object,
     "as_string": _free,
     "as_strings": _free,
     "torch_version": _free,
-    "nn_module_stack": _check_path,
-    **dict.fromkeys(
-        ("parameter_name", "buffer_name", "tensor_constant_name", "user_input_name", "fqn"), _check_path
-    ),
+    "nn_module_stack": _check_line,
+    **dict.fromkeys(_OBJECTS, _refuse_object),
+    **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "user_input_name", "fqn"), _check_path),
 }

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 
-from ..core import ArtifactError, InputError, Report, atomic
+from ..core import PRECISIONS, ArtifactError, InputError, Report, atomic
 from . import _checks, _compat
 from .program import Program
 
@@ -111,12 +110,14 @@ def from_bytes(data: bytes, where: str) -> Program:
             names = set(archive.namelist())
             if not {"program.json", "graph.json", "weights.safetensors", "examples.safetensors"} <= names <= _MEMBERS:
                 raise ArtifactError(f"{where} is no Program file: it holds {sorted(names)}.")
-            parts = {name: archive.read(name) for name in names}  # checks each member's CRC
-    except (zipfile.BadZipFile, EOFError) as e:
+            parts = {info.filename: _read(archive, info) for info in archive.infolist()}
+    except ArtifactError:
+        raise
+    except Exception as e:  # zipfile raises a dozen unrelated classes for damaged headers
         raise ArtifactError(f"{where} is truncated or damaged: {e}. Save the program again.") from e
     about = _about(parts["program.json"], where)
     graph = _checks.checked_graph(parts["graph.json"], where)
-    _checks.check_tree(about["tree"], where)
+    _checks.check_tree(about["tree"], where, of_inputs=True)
     try:
         stored = tensors_from_bytes(parts["weights.safetensors"])
         examples = tensors_from_bytes(parts["examples.safetensors"])
@@ -135,24 +136,32 @@ def from_bytes(data: bytes, where: str) -> Program:
                 state[plain] = tensor
         constants = {name.partition(":")[2]: t for name, t in stored.items() if name.startswith("constant:")}
         exported = _compat.graph_from_json(graph, state, constants, tuple(example_inputs))
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as e:
-        raise ArtifactError(
-            f"{where} is damaged or of another torch ({about['torch']}): {type(e).__name__}: {e}"
-        ) from e
-    return Program(
-        exported=exported,
-        example_inputs=(tuple(example_inputs[0]), dict(example_inputs[1])),
-        name=about["name"],
-        precision=about["precision"],
-        parent=from_bytes(parts["parent.dr1"], f"{where}:parent.dr1") if "parent.dr1" in parts else None,
-        report=Report.from_dict(about["report"]),
-    )
+        return Program(
+            exported=exported,
+            example_inputs=(tuple(example_inputs[0]), dict(example_inputs[1])),
+            name=about["name"],
+            precision=about["precision"],
+            parent=from_bytes(parts["parent.dr1"], f"{where}:parent.dr1") if "parent.dr1" in parts else None,
+            report=Report.from_dict(about["report"]),
+        )
+    except ArtifactError:
+        raise
+    except Exception as e:  # torch fails on a damaged graph wherever it happens to stumble
+        reason = f"{type(e).__name__}: {str(e)[:300]}"
+        raise ArtifactError(f"{where} is damaged or of another torch ({about['torch']}): {reason}") from e
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    # Nothing is compressed when it is written; a small file that unpacks to gigabytes is no Program.
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ArtifactError(f"{info.filename!r} is compressed; this is no file that Program.save wrote.")
+    return archive.read(info)  # checks its CRC
 
 
 def _about(data: bytes, where: str) -> dict[str, Any]:
     try:
         about = json.loads(data)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ArtifactError(f"{where}: program.json is damaged: {e}") from e
     if not isinstance(about, dict) or about.get("kind") != KIND:
         raise ArtifactError(f"{where} is not a {KIND}.")
@@ -161,4 +170,11 @@ def _about(data: bytes, where: str) -> dict[str, Any]:
         raise ArtifactError(
             f"{where} has schema version {version!r}; this release reads up to {SCHEMA_VERSION}. Update deepseek-r1."
         )
+    wanted: dict[str, type] = {
+        "torch": str, "name": str, "precision": str, "tree": str, "tensor_leaves": list, "plain_leaves": list,
+        "aliases": dict, "parameters": dict, "report": dict,
+    }  # fmt: skip
+    wrong = [key for key, kind in wanted.items() if not isinstance(about.get(key), kind)]
+    if wrong or about["precision"] not in PRECISIONS:
+        raise ArtifactError(f"{where}: program.json lacks or misstates {', '.join(wrong) or 'precision'}.")
     return about

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import re
 import warnings
 import zipfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 from ..core import ArtifactError, UnsafeFileError
 from . import _checks, _compat
@@ -44,7 +44,9 @@ def load_pt2(path: str | os.PathLike[str]) -> Program:
     try:
         with zipfile.ZipFile(file) as archive:
             parts = _entries(archive, file)
-    except (zipfile.BadZipFile, EOFError) as e:
+    except ArtifactError:
+        raise
+    except Exception as e:  # zipfile raises a dozen unrelated classes for damaged headers
         raise ArtifactError(f"{file} is truncated or damaged: {e}.") from e
     graphs = [name for name in parts if name.startswith("models/")]
     if len(graphs) != 1:
@@ -54,33 +56,46 @@ def load_pt2(path: str | os.PathLike[str]) -> Program:
     try:
         state = _tensors(parts, f"data/weights/{model}_weights_config.json", "data/weights/", file)
         constants = _tensors(parts, f"data/constants/{model}_constants_config.json", "data/constants/", file)
-        examples = _restricted(parts[f"data/sample_inputs/{model}.pt"], file, "sample inputs")
+        examples = _examples(_restricted(parts[f"data/sample_inputs/{model}.pt"], file, "sample inputs"), file)
         exported = _compat.graph_from_json(graph, state, constants, examples)
-    except UnsafeFileError:
+        if pytree.tree_structure(examples) != exported.call_spec.in_spec:
+            raise ArtifactError(f"{file}: its example inputs do not fit its graph.")
+    except ArtifactError:
         raise
-    except (KeyError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as e:
-        raise ArtifactError(f"{file} is damaged or was written by another torch: {type(e).__name__}: {e}") from e
-    if not exported.example_inputs:
+    except Exception as e:  # torch fails on a damaged graph wherever it happens to stumble
+        raise ArtifactError(
+            f"{file} is damaged or was written by another torch: {type(e).__name__}: {str(e)[:300]}"
+        ) from e
+    return Program(exported=exported, example_inputs=examples, name=file.stem)
+
+
+def _examples(value: Any, file: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs. Exactly of this form: torch unpickles plain bytes once more, without restriction."""
+    if not value:
         raise ArtifactError(f"{file} has no example inputs; save it again from the module with torch.export.save.")
-    args, kwargs = exported.example_inputs
-    return Program(exported=exported, example_inputs=(tuple(args), dict(kwargs)), name=file.stem)
+    if type(value) is not tuple or [type(part) for part in value] != [tuple, dict]:
+        raise UnsafeFileError(f"{file}: its example inputs are no (positional, keyword) inputs. It was not opened.")
+    return value
 
 
 def _entries(archive: zipfile.ZipFile, file: Path) -> dict[str, bytes]:
-    names = [i.filename for i in archive.infolist() if not i.is_dir()]
-    if any(name.endswith(_LEGACY) for name in names):
+    infos = [i for i in archive.infolist() if not i.is_dir()]
+    if any(i.filename.endswith(_LEGACY) for i in infos):
         raise ArtifactError(
             f"{file} has the layout of an old torch; open it there and save it with torch 2.9 or later."
         )
     parts: dict[str, bytes] = {}
-    for name in names:
+    for info in infos:
+        name = info.filename
         plain = name.partition("/")[2]
         if not _PLAIN.fullmatch(plain) or plain in parts:
             raise UnsafeFileError(
                 f"{file} carries {name!r}, which a captured graph does not need (compiled code, a custom object or "
                 "something foreign). It was not opened."
             )
-        parts[plain] = archive.read(name)
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ArtifactError(f"{file}: {name!r} is compressed; torch.export.save compresses nothing.")
+        parts[plain] = archive.read(info)
     if parts.get("archive_format", b"").strip() != b"pt2":
         raise ArtifactError(f"{file} is a zip archive but no .pt2 file.")
     return parts
@@ -91,7 +106,7 @@ def _restricted(data: bytes, file: Path, what: str) -> Any:
         warnings.simplefilter("ignore")
         try:
             return torch.load(io.BytesIO(data), weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as e:
+        except Exception as e:  # a damaged pickle fails in any way, and must not reach torch's own reader
             reason = str(e).strip().splitlines()
             raise UnsafeFileError(
                 f"{file}: its {what} cannot be read by the restricted unpickler, so they may carry code "
@@ -107,6 +122,8 @@ def _tensors(parts: dict[str, bytes], config: str, folder: str, file: Path) -> d
         data = parts[folder + entry["path_name"]]
         if entry["use_pickle"]:
             found[name] = _restricted(data, file, f"weight {name!r}")
+            if not isinstance(found[name], torch.Tensor):
+                raise UnsafeFileError(f"{file}: {name!r} is a {type(found[name]).__name__}, no tensor.")
             continue
         meta = entry["tensor_meta"]
         dtype = _compat.scalar_type(meta["dtype"])

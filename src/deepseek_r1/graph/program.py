@@ -134,10 +134,11 @@ class Program:
         return sum(seen.values())
 
     def content_hash(self) -> str:
-        """SHA-256 over graph, weights and constants, computed from what they are now."""
+        """SHA-256 over graph, weights and constants as they are now; traces and versions do not count."""
+        from ._checks import plain_graph
         from ._compat import graph_to_json
 
-        digest = hashlib.sha256(graph_to_json(self.exported))
+        digest = hashlib.sha256(plain_graph(graph_to_json(self.exported)))
         for store in (self.exported.state_dict, self.exported.constants):
             for name, tensor in sorted(store.items()):
                 if isinstance(tensor, torch.Tensor):

@@ -70,7 +70,7 @@ class Ranges:
 
     def _see_histogram(self, node: Node, value: torch.Tensor) -> None:
         counts = torch.histc(value.detach().float(), bins=_BINS, min=self.low[node], max=self.high[node])
-        self._histogram[node] = self._histogram.get(node, torch.zeros(_BINS)) + counts
+        self._histogram[node] = self._histogram.get(node, torch.zeros(_BINS)) + counts.cpu()
 
     def limits(self, node: Node, fmt: IntFormat, clip: str) -> tuple[float, float]:
         """The range to quantise: all of it ("minmax"), or the part with the smallest squared error ("mse").

@@ -219,7 +219,7 @@ def _store_weights(
             if node in moments and not shared:
                 values, missing = round_weight(weight, scales, moments[node], INT8_WEIGHT)
                 _correct_bias(module, node, missing, number)
-            zeros = torch.zeros(len(scales), dtype=torch.int8)
+            zeros = torch.zeros(len(scales), dtype=torch.int8, device=scales.device)
             first = next(n for n in module.graph.nodes if n.op == "call_function")
             done[source.target] = (
                 add_constant(module, first, values, f"q{number}_weight"),
