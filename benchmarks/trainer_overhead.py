@@ -1,6 +1,6 @@
 """What the Trainer adds to a bare PyTorch loop, on a step of at least 5 ms.
 
-    python benchmarks/trainer_overhead.py [--rounds 40] [--steps 30] [--device cpu]
+    python benchmarks/trainer_overhead.py [--rounds 40] [--steps 50] [--device cpu]
 
 Rounds of both loops alternate, in changing order, on the same model, data and optimizer (AdamW, fused). On a CPU the
 time is CPU time of the process with one thread, so that other work on the machine disturbs little; on a GPU it is wall
@@ -115,7 +115,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--width", type=int, default=24)

@@ -6,6 +6,7 @@ Keeps the report without its figures as docs/data/digits-report.json, rewrites t
 of README.md and README.zh-CN.md from it, and takes docs/images/report.png where there is a chromium.
 """
 
+# ruff: noqa: RUF001 - Chinese has commas of its own
 from __future__ import annotations
 
 import argparse
@@ -38,7 +39,7 @@ _LINES = {
     ),
     "zh": (
         "测量于 {day}，{cpu}，{cores} 核，{system}，torch {torch}，onnxruntime {onnxruntime}。\n"
-        "*before* 是即时执行的 PyTorch float32 模型，*after* 是导出的制品。PyTorch 与自身相比得到 {noise}，\n"
+        "*before* 是即时执行的 PyTorch float32 模型，*after* 是导出的制品。PyTorch 与自身相比，{noise}，\n"
         "这就是计时的噪声。"
     ),
 }
@@ -91,7 +92,7 @@ def picture(report: Report, path: Path) -> bool:
     if browser is None:
         return False
     upper = replace(report, notes=[], facts={}, sections=[])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page, shot = Path(folder) / "page.html", Path(folder) / "shot.png"
         upper.save(page)
         command = [
@@ -105,7 +106,7 @@ def picture(report: Report, path: Path) -> bool:
 
 
 def _small(png: bytes) -> bytes:
-    """Cut off the empty lower part and keep 64 colours."""
+    """Cut off the empty lower part and keep 256 colours, rare ones too."""
     from PIL import Image, ImageChops
 
     image = Image.open(io.BytesIO(png)).convert("RGB")
@@ -114,7 +115,7 @@ def _small(png: bytes) -> bytes:
         raise SystemExit("the screenshot is empty.")
     out = io.BytesIO()
     cut = image.crop((0, 0, image.width, min(image.height, filled[3] + 24)))
-    cut.quantize(64, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+    cut.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "png", optimize=True)
     return out.getvalue()
 
 

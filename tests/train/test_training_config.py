@@ -10,7 +10,7 @@ from torch import nn
 
 import deepseek_r1.train._config as config_module
 from deepseek_r1.core import ConfigError
-from deepseek_r1.train import TrainingConfig, resolve
+from deepseek_r1.train import Callback, Trainer, TrainingConfig, resolve
 
 pytestmark = pytest.mark.tiny
 
@@ -113,3 +113,19 @@ def test_precision_on_a_gpu_follows_its_generation(monkeypatch, bf16, capability
 def test_a_device_that_is_not_there_is_refused(device, says):
     with pytest.raises(ConfigError, match=says):
         resolve(TrainingConfig(device=device), nn.Linear(2, 2))
+
+
+def test_threads_hold_while_training_and_are_put_back_after() -> None:
+    seen: list[int] = []
+
+    class Look(Callback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    data = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))]
+    Trainer(torch.nn.Linear(3, 2), data, config=TrainingConfig(threads=1), callbacks=[Look()]).train(epochs=2)
+    assert seen == [1, 1]
+    assert torch.get_num_threads() == before
+    with pytest.raises(ConfigError, match="threads"):
+        TrainingConfig(threads=0)

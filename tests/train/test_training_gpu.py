@@ -99,6 +99,7 @@ def test_resuming_is_exact_with_deterministic_kernels(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights(whole.model), weights(resumed.model)))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_step_does_not_wait_for_the_device():
     trainer = Trainer(net(), [(x.pin_memory(), y.pin_memory()) for x, y in batches()], config=TrainingConfig())
     trainer.train(epochs=1)

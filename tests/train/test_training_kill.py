@@ -18,6 +18,9 @@ SCRIPT = Path(__file__).with_name("killable.py")
 KILLABLE = runpy.run_path(str(SCRIPT))
 make, EPOCHS = KILLABLE["make"], KILLABLE["EPOCHS"]
 
+# Python 3.12 warns of what torch's loaders do with workers when other threads live.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 
 class Stop(BaseException):
     """Ends a run as abruptly as can be within the process."""

@@ -7,9 +7,6 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
 from .errors import ConfigError
 from .report import Plot, Report, format_value
 
@@ -115,6 +112,8 @@ def _figure(plot: Plot) -> str:
 
 
 def _svg(plot: Plot) -> str:
+    # Here, because a report without figures is written where there is no matplotlib, too.
+    import matplotlib
     from matplotlib.figure import Figure
 
     # A fixed salt and no date make the same report give the same bytes.
@@ -183,6 +182,8 @@ def _histogram(axes: Axes, plot: Plot) -> None:
         clipped = [min(v, high) for v in values]
         axes.hist(clipped, bins=edges, alpha=0.6, label=name, color=_COLOURS[i % 6])
     if spread:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -151,11 +151,18 @@ class Report:
         """
         if not isinstance(data, dict) or "schema_version" not in data or "rows" not in data:
             raise ArtifactError("not a report: no schema_version and rows in it.")
-        if data["schema_version"] > SCHEMA_VERSION:
+        if not isinstance(data["schema_version"], int) or data["schema_version"] > SCHEMA_VERSION:
             raise ArtifactError(
-                f"the report has schema version {data['schema_version']}; this release reads up to {SCHEMA_VERSION}. "
+                f"the report has schema version {data['schema_version']!r}; this release reads up to {SCHEMA_VERSION}. "
                 "Update deepseek-r1."
             )
+        try:
+            return cls._filled(data)
+        except (KeyError, TypeError, AttributeError, ConfigError) as e:
+            raise ArtifactError(f"the report lacks or misstates a field: {e!r}.") from e
+
+    @classmethod
+    def _filled(cls, data: dict[str, Any]) -> Report:
         return cls(
             title=data["title"],
             rows=[Row(**row) for row in data["rows"]],

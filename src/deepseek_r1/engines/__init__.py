@@ -5,9 +5,10 @@ An engine does not know where a Program came from.
 
 from __future__ import annotations
 
+from ._eager import on_one_thread
 from ._onnx import to_onnx
 from ._optimize import optimize
 from .base import ENGINES, Engine, Runner
 from .executable import Executable
 
-__all__ = ["ENGINES", "Engine", "Executable", "Runner", "optimize", "to_onnx"]
+__all__ = ["ENGINES", "Engine", "Executable", "Runner", "on_one_thread", "optimize", "to_onnx"]

@@ -27,9 +27,9 @@ class NullEngine:
 
     def compile(self, program: Program) -> Runner:
         """Outputs take the batch of the first input and the example's other sizes."""
-        nodes = list(program.exported.graph.nodes)
-        names = set(program.exported.graph_signature.user_outputs)
-        values = [n.meta["val"] for n in nodes if n.name in names and isinstance(n.meta.get("val"), torch.Tensor)]
+        nodes = {n.name: n for n in program.exported.graph.nodes}
+        names = [n for n in program.exported.graph_signature.user_outputs if isinstance(n, str) and n in nodes]
+        values = [v for v in (nodes[n].meta.get("val") for n in names) if isinstance(v, torch.Tensor)]
         shapes = [[None if not str(d).isdigit() else int(str(d)) for d in v.shape] for v in values]
 
         def run(leaves: Sequence[Any]) -> list[torch.Tensor]:

@@ -37,7 +37,7 @@ def optimize(
 
     Args:
         model: a module or a Program.
-        method: "static" races the engines; "dynamic" keeps eager PyTorch.
+        method: "static" races the engines; "dynamic" keeps eager PyTorch, and captures nothing.
         example_inputs: a tensor, a tuple or a mapping. Their batch size is the one that is timed. Without them the
             first batch of `dataset` is taken; without that, capture waits for the first call.
         dataset: batches that judge accuracy: `(inputs, labels)`, a mapping, or inputs alone.
@@ -59,10 +59,15 @@ def optimize(
         raise ConfigError(f'optimize(method={method!r}): "static" or "dynamic" is needed.')
     if not isinstance(model, torch.nn.Module | Program):
         raise InputError(f"optimize needs a torch.nn.Module or a Program, given {type(model).__name__}.")
+    engines = [engines] if isinstance(engines, str) else engines
     chosen = list(engines) if engines is not None else [n for n in ENGINES.names() if n != "null"]
     for name in chosen:
         ENGINES.get(name)
     budget = budget or Budget()
+    if method == "dynamic" and not isinstance(model, Program):
+        report = Report(f"optimize {type(model).__name__}")
+        report.note('eager PyTorch was kept, as method="dynamic" asks')
+        return Executable(None, "eager", None, report, module=model)
     batches = _batches(dataset)
     if example_inputs is None and batches:
         args, kwargs, _ = unpack_batch(batches[0])
@@ -149,7 +154,8 @@ def _race(program: Program, engines: list[str], budget: Budget, batches: list[An
         raise CheckFailedError("; ".join(f"{c.name}: {c.detail}" for c in report.failed), report=report)
     engine, source = winner.tag
     # The eager graph reads the live weights; whatever was compiled holds copies.
-    watch = [] if engine == "eager" else list(source.exported.state_dict.values())
+    stores = {**source.exported.constants, **source.exported.state_dict}
+    watch = [] if engine == "eager" else [v for v in stores.values() if isinstance(v, torch.Tensor)]
     return Executable(source, engine, winner.run, report, watch=watch)
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx import Node
 
-from ..core import ArtifactError, InputError, Report, atomic
-from ..graph import Program
+from ..core import ArtifactError, InputError, PluginError, Report, atomic
+from ..graph import Program, evaluation
 from .base import ENGINES, Runner
 
 SCHEMA_VERSION = 1
@@ -32,6 +32,7 @@ class Executable:
         runner: the compiled program.
         watch: tensors whose change makes the compiled program stale.
         prepare: called with the first call's inputs to make the real executable (capture at the first call).
+        module: run as it is, where nothing is to be captured.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Executable:
         *,
         watch: Sequence[torch.Tensor] = (),
         prepare: Callable[[Any], Executable] | None = None,
+        module: torch.nn.Module | None = None,
     ) -> None:
         self._program = program
         self._engine = engine
@@ -50,6 +52,7 @@ class Executable:
         self._watch = [t for t in watch if not t.is_inference()]
         self._state = self._versions()
         self._prepare = prepare
+        self._module = module
         self.report = report
         if program is not None:
             self._adopt(program)
@@ -65,7 +68,9 @@ class Executable:
 
     @property
     def program(self) -> Program:
-        """The program that runs. Raises InputError before the first call if nothing was captured yet."""
+        """The program that runs. Raises InputError if nothing was captured, or not yet."""
+        if self._module is not None:
+            raise InputError('there is no program: method="dynamic" captures nothing.')
         if self._program is None:
             raise InputError("nothing was captured yet: call the executable once, or give optimize example_inputs.")
         return self._program
@@ -78,6 +83,8 @@ class Executable:
     @property
     def precision(self) -> str:
         """Precision of the program that runs."""
+        if self._module is not None:
+            return "fp32"
         return self.program.precision
 
     def _versions(self) -> list[tuple[int, int]]:
@@ -89,6 +96,9 @@ class Executable:
         Raises:
             InputError: the inputs do not fit the captured graph.
         """
+        if self._module is not None:
+            with torch.no_grad(), evaluation(self._module):
+                return self._module(*args, **kwargs)
         if self._prepare is not None:
             made = self._prepare((args, kwargs))
             self.__dict__.update(made.__dict__)
@@ -98,6 +108,8 @@ class Executable:
         leaves, tree = pytree.tree_flatten((args, kwargs))
         if tree != self._in_tree:
             raise InputError(self.program.misfit(args, kwargs) or f"the inputs must nest as {self._in_tree}.")
+        if outside := self.program.outside(leaves):
+            raise InputError(self.program.misfit(args, kwargs) or outside)
         with torch.no_grad():
             try:
                 outputs = self._runner(leaves)
@@ -116,7 +128,14 @@ class Executable:
         self.report.note("the weights were changed after compiling; compiled again")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write program, engine name and report to a directory, whole or not at all."""
+        """Write program, engine name and report to a directory, whole or not at all.
+
+        Raises:
+            InputError: `path` is a file, or a directory with other things in it.
+        """
+        target = Path(path)
+        if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / _ABOUT).is_file()):
+            raise InputError(f"{target} is a file or a directory with other things in it; give a new or an empty one.")
         with atomic.atomic_dir(path) as tmp:
             self.program.save(tmp / "program.dr1")
             self.report.save(tmp / "report.json")
@@ -129,7 +148,7 @@ class Executable:
 
         Raises:
             ArtifactError: damaged, altered or of a later version.
-            PluginError: the engine is not installed here.
+            PluginError: the engine is not installed here, or cannot run the program here.
         """
         root = Path(path)
         atomic.recover_dir(root)
@@ -141,9 +160,13 @@ class Executable:
         if not isinstance(version, int) or version > SCHEMA_VERSION:
             raise ArtifactError(f"{root} has schema version {version!r}; this release reads up to {SCHEMA_VERSION}.")
         program = Program.load(root / "program.dr1")
-        runner = ENGINES.get(engine)().compile(program)
+        plugin = ENGINES.get(engine)()
+        if reason := plugin.unavailable() or plugin.unsupported(program):
+            raise PluginError(f"{root} was saved for the engine {engine!r}, which cannot run it here: {reason}")
+        runner = plugin.compile(program)
         return cls(program, engine, runner, Report.load(root / "report.json"))
 
     def __repr__(self) -> str:
         what = "not captured yet" if self._program is None else f"{self._program.name}, {self.precision}"
+        what = what if self._module is None else f"{type(self._module).__name__} as it is"
         return f"Executable({what}, engine={self._engine!r})"

@@ -55,15 +55,21 @@ def capture(
         raise InputError("capture needs at least one example input, given none.")
     title = name or type(model).__name__
     report = Report(f"capture {title}")
-    with _evaluation(model), torch.no_grad():
+    with evaluation(model), torch.no_grad():
         _try_eager(model, args, kwargs)
         if dynamic_shapes is None:
             args, kwargs = _at_least_two(args, kwargs)
         spec = _spec(model, args, kwargs, dynamic_shapes)
         exported, fallback = _export(model, args, kwargs, spec, dynamic_shapes is None)
-    if fallback:
-        report.skip("dynamic batch", fallback)
     program = Program(exported=exported, example_inputs=(args, kwargs), name=title, report=report)
+    fixed = _fixed(program, spec)
+    if fixed and dynamic_shapes is not None:
+        raise CaptureError(
+            f"{title}: dynamic_shapes asks for {', '.join(fixed)} to vary, but the model fixes the size at the "
+            "example's. Take the sizes from the inputs' shapes in the model, or leave that dimension out."
+        )
+    if fixed or fallback:
+        report.skip("dynamic batch", fallback or f"the model fixes {', '.join(fixed)} at the example's size")
     report.add("operators", sum(n.op == "call_function" for n in exported.graph.nodes), how="nodes of the graph")
     for label, shape in zip(program.input_names(), program.input_shapes()):
         report.note(f"input {label}: {list(shape)}")
@@ -80,7 +86,8 @@ def as_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _evaluation(model: torch.nn.Module) -> Iterator[None]:
+def evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each part's training flag is as it was."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -122,10 +129,26 @@ def _spec(model: torch.nn.Module, args: Any, kwargs: Any, wanted: Mapping[str, M
     def dims(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return None
-        return {0: torch.export.Dim.AUTO} if value.ndim and value.shape[0] == batch else {}
+        return {0: torch.export.Dim.AUTO} if value.ndim and value.shape[0] == batch else None
 
     asked = {key: dict.fromkeys(axes, torch.export.Dim.AUTO) for key, axes in (wanted or {}).items()}
     return {name: asked.get(name) or pytree.tree_map(dims, value) for name, value in values.items()}
+
+
+def _fixed(program: Program, spec: Mapping[str, Any]) -> list[str]:
+    """Dimensions that were to vary and that torch fixed, as "dimension 0 of x"."""
+    wanted = pytree.tree_leaves(list(spec.values()), is_leaf=_is_dims)
+    flat = zip(program.input_names(), program.input_shapes(), wanted, strict=True)
+    return [
+        f"dimension {axis} of {name}"
+        for name, shape, dims in flat
+        for axis in dims or ()
+        if not isinstance(shape[axis], str)
+    ]
+
+
+def _is_dims(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and any(v is torch.export.Dim.AUTO for v in value.values()))
 
 
 def _export(model: torch.nn.Module, args: Any, kwargs: Any, spec: Any, may_fall_back: bool) -> tuple[Any, str]:

@@ -20,6 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
+from torch.export.graph_signature import ConstantArgument
 
 from ..core import PRECISIONS, ArtifactError, InputError, Report, atomic
 from . import _checks, _compat
@@ -44,6 +45,11 @@ def to_bytes(program: Program) -> bytes:
         if not isinstance(value, torch.Tensor):
             raise InputError(f"the program holds {name!r}, a {type(value).__name__}; only tensors can be saved.")
         store[f"constant:{name}"] = value
+    texts = [s.arg.value for s in exported.graph_signature.output_specs if isinstance(s.arg, ConstantArgument)]
+    if any(isinstance(v, str) for v in texts):
+        raise InputError(
+            f"{program.name!r} gives text ({texts}); torch cannot read such a graph back. Give tensors only."
+        )
     tensors, aliases = _without_aliases(store)
     leaves, tree = pytree.tree_flatten(program.example_inputs)
     example_tensors = {
@@ -110,7 +116,7 @@ def from_bytes(data: bytes, where: str) -> Program:
             names = set(archive.namelist())
             if not {"program.json", "graph.json", "weights.safetensors", "examples.safetensors"} <= names <= _MEMBERS:
                 raise ArtifactError(f"{where} is no Program file: it holds {sorted(names)}.")
-            parts = {info.filename: _read(archive, info) for info in archive.infolist()}
+            parts = {info.filename: read_member(archive, info) for info in archive.infolist()}
     except ArtifactError:
         raise
     except Exception as e:  # zipfile raises a dozen unrelated classes for damaged headers
@@ -151,11 +157,19 @@ def from_bytes(data: bytes, where: str) -> Program:
         raise ArtifactError(f"{where} is damaged or of another torch ({about['torch']}): {reason}") from e
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    # Nothing is compressed when it is written; a small file that unpacks to gigabytes is no Program.
+def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A member of an archive in which nothing is compressed and nothing stands before the first member.
+
+    Raises:
+        zipfile.BadZipFile: otherwise, or its checksum is wrong.
+    """
+    # A small file that unpacks to gigabytes is no graph.
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ArtifactError(f"{info.filename!r} is compressed; this is no file that Program.save wrote.")
-    return archive.read(info)  # checks its CRC
+        raise zipfile.BadZipFile(f"{info.filename!r} is compressed")
+    # The end of a truncated archive may be that of an archive inside it.
+    if min(i.header_offset for i in archive.infolist()):
+        raise zipfile.BadZipFile("the end of the archive is missing")
+    return archive.read(info)
 
 
 def _about(data: bytes, where: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 
 from ..core import ArtifactError, UnsafeFileError
 from . import _checks, _compat
+from ._container import read_member
 from .program import Program
 
 _PLAIN = re.compile(
@@ -84,6 +85,8 @@ def _entries(archive: zipfile.ZipFile, file: Path) -> dict[str, bytes]:
         raise ArtifactError(
             f"{file} has the layout of an old torch; open it there and save it with torch 2.9 or later."
         )
+    if min((i.header_offset for i in infos), default=0):
+        raise zipfile.BadZipFile("the end of the archive is missing")
     parts: dict[str, bytes] = {}
     for info in infos:
         name = info.filename
@@ -93,9 +96,7 @@ def _entries(archive: zipfile.ZipFile, file: Path) -> dict[str, bytes]:
                 f"{file} carries {name!r}, which a captured graph does not need (compiled code, a custom object or "
                 "something foreign). It was not opened."
             )
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ArtifactError(f"{file}: {name!r} is compressed; torch.export.save compresses nothing.")
-        parts[plain] = archive.read(info)
+        parts[plain] = read_member(archive, info)
     if parts.get("archive_format", b"").strip() != b"pt2":
         raise ArtifactError(f"{file} is a zip archive but no .pt2 file.")
     return parts

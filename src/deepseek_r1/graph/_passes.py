@@ -14,11 +14,15 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
 from ..core import CaptureError
+from ..measure import compare
 from .editing import add_constant, argument, constant_of, rewrite
 from .program import Program, float64_module, to_float64
 
 aten = torch.ops.aten
-_CONV = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_CONV = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+)  # fmt: skip
 
 
 def _fold_batch_norm(module: GraphModule) -> int:
@@ -98,8 +102,8 @@ def _verified(program: Program, name: str) -> Program:
     if after is program:
         return program
     error = _largest_change(program, after)
-    report.check(f"pass {name}", error <= 1e-6, f"{counts[0]} places, largest relative change {error:.1e}")
-    if error > 1e-6:
+    detail = f"{counts[0]} places, largest relative change {error:.1e}"
+    if not report.check(f"pass {name}", error <= 1e-6, detail):
         raise CaptureError(
             f"the pass {name!r} changed the program's answers by {error:.1e} (relative); it is not used."
         )
@@ -112,8 +116,8 @@ def _largest_change(before: Program, after: Program) -> float:
         a = pytree.tree_leaves(float64_module(before)(*args, **kwargs))
         b = pytree.tree_leaves(float64_module(after)(*args, **kwargs))
     worst = 0.0
-    for x, y in zip(a, b):
+    for x, y in zip(a, b, strict=True):
         if isinstance(x, torch.Tensor) and x.numel():
-            x, y = x.double(), y.double()
-            worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-12)))
+            largest = float(x.double().nan_to_num(0.0, 0.0, 0.0).abs().max())
+            worst = max(worst, compare([x.cpu().numpy()], [y.cpu().numpy()]).max_abs / max(largest, 1e-12))
     return worst

@@ -53,6 +53,8 @@ def peak_memory_of(
         raise InputError(f"the measured program ran longer than {timeout_s:g} s; give it more with timeout_s.") from e
     if done.returncode != 0:
         raise InputError(f"the measured program failed (exit {done.returncode}): {done.stderr.strip()[-800:]}")
-    last = done.stdout.rstrip().rpartition("@@peak ")[2]
+    _, found, last = done.stdout.rstrip().rpartition("@@peak ")
+    if not found:
+        raise InputError("the measured program ended before its last line, so its peak memory is not known.")
     data = json.loads(last)
     return int(data["bytes"]), data["result"]

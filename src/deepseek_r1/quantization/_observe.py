@@ -69,6 +69,8 @@ class Ranges:
         self.high[node] = max(self.high.get(node, high), high)
 
     def _see_histogram(self, node: Node, value: torch.Tensor) -> None:
+        if not value.numel():
+            return
         counts = torch.histc(value.detach().float(), bins=_BINS, min=self.low[node], max=self.high[node])
         self._histogram[node] = self._histogram.get(node, torch.zeros(_BINS)) + counts.cpu()
 

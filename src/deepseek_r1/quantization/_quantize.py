@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -65,8 +66,14 @@ def quantize(
         dataset = [example_inputs if isinstance(example_inputs, dict) else (example_inputs, None)]
     if not isinstance(model, Program):
         if example_inputs is None:
-            args, kwargs, _ = unpack_batch(next(iter(dataset), None))
+            batches = iter(dataset)
+            first = list(islice(batches, 1))
+            if not first:
+                raise InputError("quantize(dataset=...): the dataset is empty.")
+            args, kwargs, _ = unpack_batch(first[0])
             example_inputs = kwargs or args
+            # An iterator gives each batch once; the first calibrates as well.
+            dataset = chain(first, batches)
         model = capture(model, example_inputs)
     config = Int8StaticConfig() if config is None else config
     quantised: Program = METHODS.get(type(config).__name__)(model, dataset, config)

@@ -71,9 +71,16 @@ def _columns(layer: Node, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor
         flat = x.reshape(-1, x.shape[-1])
         return flat[:: max(1, len(flat) // _POSITIONS)].T.unsqueeze(0)
     dims = weight.ndim - 2
-    stride, padding, dilation = (_each(argument(layer, i, d), dims) for i, d in ((3, 1), (4, 0), (5, 1)))
+    stride, dilation = _each(argument(layer, 3, 1), dims), _each(argument(layer, 5, 1), dims)
     groups = argument(layer, 6, 1)
-    x = torch.nn.functional.pad(x, [p for size in reversed(padding) for p in (size, size)])
+    x = x if x.ndim == weight.ndim else x.unsqueeze(0)
+    padding = argument(layer, 4, 0)
+    if padding in ("same", "valid"):
+        full = [d * (k - 1) * (padding == "same") for d, k in zip(dilation, weight.shape[2:])]
+        sides = [(size // 2, size - size // 2) for size in full]
+    else:
+        sides = [(size, size) for size in _each(padding, dims)]
+    x = torch.nn.functional.pad(x, [p for side in reversed(sides) for p in side])
     for axis in range(dims):
         reach = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
         x = x.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
@@ -84,6 +91,13 @@ def _columns(layer: Node, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor
     x = x[:, :, :: max(1, batch * x.shape[2] // _POSITIONS)]
     x = x.reshape(batch, groups, channels // groups, -1, kernel).permute(1, 2, 4, 0, 3)
     return x.reshape(groups, channels // groups * kernel, -1)
+
+
+def _error(stored: torch.Tensor, exact: torch.Tensor, scale: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """Mean squared error [groups, out] of each output once its mean error is taken out."""
+    change = exact - stored * scale[:, :, None]
+    mean = torch.einsum("goi,gi->go", change, moments.mean)
+    return torch.einsum("goi,gij,goj->go", change, moments.second, change) - mean**2
 
 
 def _each(value: Any, count: int) -> list[int]:
@@ -123,5 +137,9 @@ def round_weight(
             work[:, :, i:stop] -= error[:, :, None] * upper[:, i, i:stop][:, None, :]
             errors[:, :, i - start] = error
         work[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
+    nearest = torch.clamp(torch.round(exact / scale[:, :, None]), low, high)
+    # Compensation is greedy and the matrix damped, so that in a rare row plain rounding does less harm.
+    worse = _error(stored, exact, scale, moments) > _error(nearest, exact, scale, moments)
+    stored = torch.where(worse[:, :, None], nearest, stored)
     missing = torch.einsum("goi,gi->go", exact - stored * scale[:, :, None], moments.mean)
     return stored.to(torch.int8).reshape(weight.shape), missing.reshape(-1)

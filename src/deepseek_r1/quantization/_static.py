@@ -28,12 +28,15 @@ from ._rounding import observe_moments, round_weight
 
 aten = torch.ops.aten
 _q = torch.ops.quantized_decomposed
-_WEIGHTED = {
-    aten.conv1d.default: "conv1d",
-    aten.conv2d.default: "conv2d",
-    aten.conv3d.default: "conv3d",
-    aten.linear.default: "linear",
-}
+_WEIGHTED = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding, aten.linear.default,
+)  # fmt: skip
+#: Operators with weights that stay float, and are said to.
+_FLOAT = (
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.embedding.default,
+    aten.bilinear.default, aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input,
+)  # fmt: skip
 _ADD = (aten.add.Tensor, aten.add_.Tensor)
 #: Activation functions that engines fuse into the operator before them; the pair goes behind.
 _FUSED = (
@@ -146,6 +149,8 @@ def _plan(module: GraphModule, config: Int8StaticConfig, report: Report) -> _Pla
             inputs = list(node.args[:2])
             additions += 1
         else:
+            if node.target in _FLOAT:
+                report.skip(_layer_name(node), f"no int8 form for {node.target}")
             continue
         consumers.add(node)
         for value in (*inputs, _output_of(node)):

@@ -32,6 +32,8 @@ class TrainingConfig:
         device: "auto" (the model's GPU, else the first GPU, else the CPU), "cpu", "cuda" or "cuda:N".
         seed: given to `seed_everything` when a run starts. None leaves the random generators as they are.
         deterministic: use only deterministic kernels while training.
+        threads: CPU threads of PyTorch while training, or None for its own choice. One thread is often faster for
+            a small network, and loses nothing when another program takes a core.
         schedule: "constant", "linear" (to zero) or "cosine" (to zero), over all steps of the run.
         warmup: steps (an int) or a fraction of the run (a float below 1) in which the rate climbs from zero.
         weight_decay: of the default optimizer; biases and norms are left out of it.
@@ -63,6 +65,7 @@ class TrainingConfig:
     device: str = "auto"
     seed: int | None = None
     deterministic: bool = False
+    threads: int | None = None
     schedule: str = "constant"
     warmup: int | float = 0
     weight_decay: float = 0.01
@@ -81,7 +84,7 @@ class TrainingConfig:
         for name in ("gradient_accumulation_steps", "log_every"):
             self._count(name)
         for name in (
-            "micro_batch_size", "early_stop_patience", "save_every_steps", "save_every_epochs", "keep_last",
+            "micro_batch_size", "threads", "early_stop_patience", "save_every_steps", "save_every_epochs", "keep_last",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 self._count(name)

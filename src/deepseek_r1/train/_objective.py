@@ -64,7 +64,7 @@ class Objective:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss ({self.name}) gave {what}; a scalar tensor is needed (reduction='mean').")
-        return loss.reshape(()), output
+        return (loss if loss.ndim == 0 else loss.reshape(())), output
 
 
 def own_loss(output: Any) -> Tensor | None:

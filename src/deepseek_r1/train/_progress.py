@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
+
+#: Losses left on a GPU before they are read together.
+_UNREAD = 512
 
 
 @dataclass
@@ -18,11 +22,12 @@ class Progress:
         batch: batches taken in the epoch under way.
         samples: training samples seen in the present run.
         seconds: time spent in training steps of the present run.
-        loss_sum: sum over the epoch's samples of their loss; a tensor on the GPU until it is read.
-        log_sum, log_steps: the same over steps since the last point of the loss curve.
+        loss_sum: sum over the epoch's samples of their loss.
+        log_sum, log_steps: sum of the steps' losses since the last point of the loss curve, and their number.
         stopped: why the run ended before its last epoch; empty if it did not.
         history: one entry per finished epoch.
         points: the loss curve as (step, mean loss since the point before).
+        unread: losses that are still on a GPU, as (step, loss, samples, whether a point follows).
     """
 
     step: int = 0
@@ -34,45 +39,58 @@ class Progress:
     seconds: float = 0.0
     epoch_samples: int = 0
     epoch_seconds: float = 0.0
-    loss_sum: float | Tensor = 0.0
-    log_sum: float | Tensor = 0.0
+    loss_sum: float = 0.0
+    log_sum: float = 0.0
     log_steps: int = 0
     stopped: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
-    points: list[tuple[int, float | Tensor]] = field(default_factory=list)
+    points: list[tuple[int, float]] = field(default_factory=list)
+    unread: list[tuple[int, Tensor, int, bool]] = field(default_factory=list)
 
     def begin_run(self) -> None:
         """Start counting a new run."""
         self.first_step, self.first_epoch = self.step, self.epoch
         self.samples, self.seconds, self.stopped = 0, 0.0, ""
         self.log_sum, self.log_steps = 0.0, 0
+        self.unread = []
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
         """Start counting a new epoch."""
         self.batch, self.epoch_samples, self.epoch_seconds, self.loss_sum = 0, 0, 0.0, 0.0
 
-    def count(self, loss: float | Tensor, batches: int, samples: int, seconds: float) -> None:
-        """Count one optimizer step with this mean loss."""
+    def count(self, loss: Tensor, batches: int, samples: int, seconds: float, log_every: int) -> None:
+        """Count one optimizer step with this mean loss. Does not wait for a GPU, save once in many steps."""
         self.step += 1
         self.batch += batches
         self.samples += samples
         self.epoch_samples += samples
         self.seconds += seconds
         self.epoch_seconds += seconds
-        self.loss_sum = self.loss_sum + loss * samples
-        self.log_sum = self.log_sum + loss
-        self.log_steps += 1
-
-    def add_point(self) -> None:
-        """Add a point to the loss curve."""
-        self.points.append((self.step, self.log_sum / self.log_steps))
-        self.log_sum, self.log_steps = 0.0, 0
+        self.unread.append((self.step, loss, samples, self.step % log_every == 0))
+        if loss.device.type == "cpu" or len(self.unread) >= _UNREAD:
+            self.read()
 
     def read(self) -> None:
-        """Bring numbers that are still on a GPU to the host."""
-        self.loss_sum, self.log_sum = float(self.loss_sum), float(self.log_sum)
-        self.points = [(step, float(loss)) for step, loss in self.points]
+        """Bring losses that are still on a GPU to the host."""
+        if not self.unread:
+            return
+        values = (
+            [self.unread[0][1].item()] if len(self.unread) == 1 else torch.stack([u[1] for u in self.unread]).tolist()
+        )
+        for (step, _, samples, point), value in zip(self.unread, values, strict=True):
+            self.loss_sum += value * samples
+            self.log_sum += value
+            self.log_steps += 1
+            if point:
+                self.add_point(step)
+        self.unread = []
+
+    def add_point(self, step: int) -> None:
+        """Add a point to the loss curve, if there were steps since the last."""
+        if self.log_steps:
+            self.points.append((step, self.log_sum / self.log_steps))
+            self.log_sum, self.log_steps = 0.0, 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

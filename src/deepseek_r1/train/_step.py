@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class StepResult:
         loss: mean loss over the samples, a scalar on the training device, detached.
         samples: samples in all batches of the step.
         bad: whether the loss or a gradient was not finite: a bool where that is known, on a GPU a scalar tensor
-            that may still be in the making. The parameters were not changed if it is true.
+            (1 or 0) that may still be in the making. The parameters were not changed if it is true.
     """
 
     loss: Tensor
@@ -124,7 +124,7 @@ def train_step(
     if scaler is not None:
         _scaled_update(optimizer, scaler, clip_grad_norm)
         # With a non-finite loss every gradient is, and the scaler has skipped the update.
-        bad: bool | Tensor = ~torch.isfinite(loss)
+        bad: bool | Tensor = (~torch.isfinite(loss)).float()
         return StepResult(loss, samples, bool(bad) if place.type == "cpu" else bad)
     bad = _not_finite(loss, _parameters(optimizer), clip_grad_norm)
     return StepResult(loss, samples, guarded_update(optimizer, bad))
@@ -144,21 +144,34 @@ def _scaled_update(optimizer: Optimizer, scaler: torch.amp.GradScaler, clip: flo
 
 def _not_finite(loss: Tensor, parameters: list[nn.Parameter], clip: float | None) -> bool | Tensor:
     """Whether the loss or any gradient is not finite. Reads the device only if it is the CPU."""
-    grads = [p.grad for p in parameters if p.grad is not None]
     if clip is not None:
         total = nn.utils.clip_grad_norm_(parameters, clip)
-    elif loss.device.type == "cpu":
-        # A plain sum is the cheapest thing that every nan and inf survives; elements need no look of their own.
-        return not (math.isfinite(loss.item()) and all(math.isfinite(_sum(g).item()) for g in grads))
+        found = (~torch.isfinite(loss.float() + total.to(loss.device))).float()
     else:
-        total = nn.utils.get_total_norm(grads)
-    bad = ~torch.isfinite(loss.float() + total.to(loss.device).float())
-    return bool(bad) if loss.device.type == "cpu" else bad
+        found = _found_inf([loss, *(p.grad for p in parameters if p.grad is not None)])
+    return bool(found) if loss.device.type == "cpu" else found
 
 
-def _sum(grad: Tensor) -> Tensor:
-    # Sums of half-precision numbers may overflow where the numbers do not.
-    return grad.sum(dtype=torch.float32) if grad.dtype in (torch.float16, torch.bfloat16) else grad.sum()
+def _found_inf(values: list[Tensor]) -> Tensor:
+    """1.0 if any value is not finite, else 0.0, on the device of the first."""
+    found = torch.zeros((), device=values[0].device)
+    rest: dict[Any, list[Tensor]] = {}
+    for value in values:
+        if value.layout != torch.strided:
+            value = value.coalesce().values() if value.layout == torch.sparse_coo else value.to_dense()
+        rest.setdefault((value.device, value.dtype), []).append(value)
+    for (device, _), group in rest.items():
+        # What torch's GradScaler calls, with a scale of one: a single kernel where norms or sums take many.
+        there = found if device == found.device else torch.zeros((), device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(group, there, _one(device))
+        if there is not found:
+            found += there.to(found.device)
+    return found
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
 
 
 def guarded_update(optimizer: Optimizer, bad: bool | Tensor) -> bool | Tensor:
@@ -167,10 +180,8 @@ def guarded_update(optimizer: Optimizer, bad: bool | Tensor) -> bool | Tensor:
     Fused CUDA optimizers take the verdict on the device (the door that torch's GradScaler uses), so that the host
     need not wait for it. Others cost one wait per step.
     """
-    on_device = isinstance(bad, Tensor) and bad.device.type == "cuda" and _skips_on_device(optimizer)
-    if on_device:
-        assert isinstance(bad, Tensor)
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+    if isinstance(bad, Tensor) and _skips_on_device(optimizer):
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
         try:
             optimizer.step()
         finally:

@@ -47,7 +47,8 @@ class Stepper:
         self._device = torch.device(config.device)
         self.scaler = make_scaler(self._device, config.precision)
         self._forward: Callable[..., Any] = torch.compile(model) if config.compile else model
-        self._pending: tuple[Tensor, torch.cuda.Event, int, list[Any]] | None = None
+        self._verdict: tuple[Tensor, torch.cuda.Event] | None = None
+        self._pending: tuple[int, list[Any]] | None = None
 
     def step(self, window: list[Any], total: int | None) -> None:
         """One optimizer step on the batches in `window`, of `total` steps in the run.
@@ -67,24 +68,24 @@ class Stepper:
             before_update=self.settle,
         )  # fmt: skip
         if isinstance(result.bad, Tensor):
-            host = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(result.bad, non_blocking=True)
-            event = torch.cuda.Event()
+            if self._verdict is None:
+                self._verdict = torch.empty((), pin_memory=True), torch.cuda.Event()
+            host, event = self._verdict
+            host.copy_(result.bad, non_blocking=True)
             event.record()
-            self._pending = (host, event, progress.step + 1, window)
+            self._pending = (progress.step + 1, window)
         elif result.bad:
             self._fail(window, progress.step + 1)
-        loss = result.loss.item() if self._device.type == "cpu" else result.loss.double()
-        progress.count(loss, len(window), result.samples, time.perf_counter() - began)
-        if progress.step % c.log_every == 0:
-            progress.add_point()
-            if self.scaler is not None and self.scaler.get_scale() < 1:
-                self._fail(window, progress.step)
+        progress.count(result.loss, len(window), result.samples, time.perf_counter() - began, c.log_every)
+        if self.scaler is not None and progress.step % c.log_every == 0 and self.scaler.get_scale() < 1:
+            self._fail(window, progress.step)
 
     def settle(self) -> None:
         """Wait for the verdict on the step before, and raise NonFiniteLossError if it is bad."""
-        if self._pending is not None:
-            host, event, step, window = self._pending
+        if self._pending is not None and self._verdict is not None:
+            step, window = self._pending
             self._pending = None
+            host, event = self._verdict
             event.synchronize()
             if bool(host):
                 self._fail(window, step)

@@ -28,6 +28,7 @@ from ._objective import LossFunction, Objective
 from ._optim import OptimizerLike, lr_factor, make_optimizer
 from ._progress import Progress
 from ._rng import (
+    cpu_threads,
     deterministic_kernels,
     loader_state,
     preserved_rng,
@@ -137,7 +138,7 @@ class Trainer:
     def losses(self) -> list[tuple[int, float]]:
         """The loss curve: (step, mean training loss since the point before), every `log_every` steps."""
         self._progress.read()
-        return self._progress.points  # type: ignore[return-value]
+        return self._progress.points
 
     # The verbs.
 
@@ -165,6 +166,7 @@ class Trainer:
             self._interrupts = stack.enter_context(Interrupts())
             stack.enter_context(mode(self.model, True))
             stack.enter_context(deterministic_kernels(self.config.deterministic))
+            stack.enter_context(cpu_threads(self.config.threads))
             with preserved_rng(self.device):  # importing rich draws from python's generator
                 advance = stack.enter_context(progress.bar("training", total))
             advance(self.step - self._progress.first_step, "")
@@ -381,8 +383,7 @@ class Trainer:
         state = self._progress
         self._stepper.settle()
         state.read()
-        if state.log_steps:
-            state.add_point()
+        state.add_point(state.step)
         values: dict[str, float] = {}
         if self.val_loader is not None:
             self._interrupts.safe = True
@@ -392,7 +393,7 @@ class Trainer:
             "epoch": state.epoch + 1,
             "step": state.step,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "train_loss": float(state.loss_sum) / state.epoch_samples,
+            "train_loss": state.loss_sum / state.epoch_samples,
             **{f"val_{name}": value for name, value in values.items()},
             "seconds": state.epoch_seconds,
         }

@@ -1,0 +1,164 @@
+"""Every page that shows code runs as it stands: its Python and shell blocks, in their order, in an empty folder.
+
+- a `python` block runs in one namespace with the others of its page; with `title="name"` it is a file instead
+- of a `console` or `bash` block, the lines that begin with `$ ` run; one without such lines runs whole
+- a `text` block right behind another block is what that block prints
+- `<!-- not run: reason -->` before a block leaves it out
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+#: README.zh-CN.md has the blocks of README.md, which a test compares; docs/cli.md is compared with the help pages.
+LEFT_OUT = {"docs/cli.md"}
+_FENCE = re.compile(
+    r"(?P<skip><!-- not run: (?P<reason>[^>]+?) -->\s*)?^```(?P<kind>\w+)(?P<info>[^\n]*)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def blocks(text: str) -> list[dict[str, str]]:
+    """The blocks of a page that are run, each with its kind, its code and what it should print."""
+    found: list[dict[str, str]] = []
+    end = None
+    for match in _FENCE.finditer(text):
+        kind, code, gap = match["kind"], match["code"], text[end : match.start()] if end is not None else "-"
+        if kind == "text" and not gap.strip():
+            found[-1]["prints"] = code
+        end = None
+        if kind not in ("python", "console", "bash") or match["skip"]:
+            continue
+        title = re.search(r'title="([^"]+)"', match["info"])
+        lines = [line[2:] for line in code.splitlines() if line.startswith("$ ")]
+        if kind != "python" and lines:
+            code = "\n".join(lines)
+        found.append({"kind": "file" if title else "python" if kind == "python" else "shell", "code": code})
+        if title:
+            found[-1]["name"] = title[1]
+        end = match.end()
+    return found
+
+
+PAGES = [
+    name
+    for path in sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+    if (name := path.relative_to(ROOT).as_posix()) not in LEFT_OUT and blocks(path.read_text())
+]
+
+#: Runs in its own process: `sys.argv[1]` is a file with the blocks.
+DRIVER = textwrap.dedent(
+    """
+    import contextlib, io, json, linecache, pathlib, subprocess, sys, types
+
+    page = types.ModuleType("__page__")
+    sys.modules["__page__"] = page  # classes of the page can be pickled
+    page.__dict__["__name__"] = "__page__"
+    for number, block in enumerate(json.load(open(sys.argv[1])), 1):
+        out = io.StringIO()
+        if block["kind"] == "file":
+            pathlib.Path(block["name"]).write_text(block["code"])
+        elif block["kind"] == "python":
+            where = f"block {number}"
+            linecache.cache[where] = (len(block["code"]), None, block["code"].splitlines(True), where)
+            code = compile(block["code"], where, "exec")
+            with contextlib.redirect_stdout(out):
+                exec(code, page.__dict__)
+        else:
+            done = subprocess.run(["bash", "-euo", "pipefail", "-c", block["code"]], capture_output=True, text=True)
+            out.write(done.stdout)
+            assert done.returncode == 0, f"block {number} exits {done.returncode}:\\n{done.stdout}{done.stderr}"
+        if "prints" in block:
+            got, wanted = out.getvalue().rstrip(), block["prints"].rstrip()
+            assert got == wanted, f"block {number} prints\\n{got}\\ninstead of\\n{wanted}"
+    """
+)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_runs(name, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "blocks.json").write_text(json.dumps(blocks((ROOT / name).read_text())))
+    place = tmp_path / "place"
+    place.mkdir()
+    paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    # One thread: threads of torch that wait for each other on a busy machine make a page ten times slower.
+    environment = {**os.environ, "PATH": os.pathsep.join(paths), "COLUMNS": "110", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "blocks.json")]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
+
+
+def test_the_pages_of_code_are_all_here():
+    assert {"README.md", "docs/training.md", "docs/data.md", "docs/onnx-import.md"} <= set(PAGES)
+    assert {p for p in PAGES if p.startswith("docs/tutorials/")} == {
+        f"docs/tutorials/{p.name}" for p in (ROOT / "docs" / "tutorials").glob("*.md")
+    }
+
+
+@pytest.mark.tiny
+def test_blocks_are_told_apart():
+    page = textwrap.dedent(
+        """
+        ```python
+        print(1)
+        ```
+
+        ```text
+        1
+        ```
+
+        words
+
+        ```text
+        other
+        ```
+
+        <!-- not run: needs a wheel -->
+        ```bash
+        rm everything
+        ```
+
+        ```python title="a.py"
+        x = 1
+        ```
+
+        ```console
+        $ echo a
+        a
+        $ echo b
+        ```
+        """
+    )
+    assert blocks(page) == [
+        {"kind": "python", "code": "print(1)\n", "prints": "1\n"},
+        {"kind": "file", "code": "x = 1\n", "name": "a.py"},
+        {"kind": "shell", "code": "echo a\necho b"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"kind": "python", "code": "assert 1 == 2"}, "AssertionError"),
+        ({"kind": "python", "code": "print(1)", "prints": "2\n"}, "instead of"),
+        ({"kind": "shell", "code": "false\ntrue"}, "exits 1"),
+    ],
+)
+def test_a_block_that_fails_is_noticed(block, message, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "blocks.json").write_text(json.dumps([block]))
+    command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "blocks.json")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert message in done.stderr

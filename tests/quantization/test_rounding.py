@@ -1,0 +1,173 @@
+"""Ranges, scales and rounding: properties on random numbers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from deepseek_r1.core import INT8_ACTIVATION, INT8_WEIGHT, IntFormat
+from deepseek_r1.graph import capture
+from deepseek_r1.quantization._observe import Ranges, affine, quantize_weight
+from deepseek_r1.quantization._rounding import _columns, observe_moments, round_weight
+
+LIMITS = st.floats(-1e4, 1e4).map(float)
+
+
+@given(LIMITS, LIMITS, st.booleans(), st.integers(2, 8))
+def test_affine_covers_the_range_with_zero_exact(a, b, symmetric, bits):
+    low, high = min(a, b, 0.0), max(a, b, 0.0)
+    fmt = IntFormat(bits=bits, symmetric=symmetric)
+    scale, zero = affine(low, high, fmt)
+    q_low, q_high = fmt.range
+    assert scale > 0
+    assert isinstance(zero, int)
+    assert q_low <= zero <= q_high, "0.0 has a stored value of its own"
+    x = torch.linspace(low, high, 41, dtype=torch.float64)
+    stored = torch.clamp(torch.round(x / scale) + zero, q_low, q_high)
+    error = ((stored - zero) * scale - x).abs().max()
+    # Rounding the zero point shifts the range by up to half a step, so that its ends may be one step off.
+    assert error <= scale * (1.0 + 1e-9)
+    inside = ((x / scale).round() + zero).clamp(q_low, q_high) == (x / scale).round() + zero
+    assert ((stored - zero) * scale - x).abs()[inside].max() <= scale / 2 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("clip", ["minmax", "mse"])
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), out=st.integers(1, 5), inputs=st.integers(1, 12), exponent=st.integers(-6, 6))
+def test_weights_keep_to_half_a_step_and_to_the_range(clip, seed, out, inputs, exponent):
+    weight = torch.randn(out, inputs, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
+    values, scales = quantize_weight(weight, INT8_WEIGHT, clip)
+    assert (values.dtype, values.shape, scales.shape) == (torch.int8, weight.shape, (out,))
+    assert values.min() >= -127
+    error = (values.double() * scales.double()[:, None] - weight.double()).abs()
+    clipped = values.abs() == 127
+    assert (error <= scales.double()[:, None] * 0.5 * (1 + 1e-6))[~clipped].all()
+    plain, step = quantize_weight(weight, INT8_WEIGHT, "minmax")
+    worst = ((plain.double() * step.double()[:, None] - weight.double()) ** 2).sum(1)
+    assert ((error**2).sum(1) <= worst * (1 + 1e-9) + 1e-300).all(), "clipping was chosen although it is worse"
+
+
+def test_weights_of_zeros_and_of_one_value():
+    values, scales = quantize_weight(torch.zeros(2, 3), INT8_WEIGHT, "mse")
+    assert not values.any()
+    assert torch.isfinite(scales).all()
+    values, scales = quantize_weight(torch.full((1, 3), -2.5), INT8_WEIGHT, "mse")
+    torch.testing.assert_close(values * scales, torch.full((1, 3), -2.5))
+
+
+class One(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def layer_of(layer, x):
+    """The captured graph of one layer, and its node."""
+    module = capture(One(layer), x).module()
+    node = next(
+        n for n in module.graph.nodes if n.op == "call_function" and hasattr(layer, "weight") and len(n.args) > 1
+    )
+    return module, node
+
+
+CONVOLUTIONS = [
+    (nn.Conv1d(4, 6, 3), (2, 4, 9)),
+    (nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2), (3, 4, 11)),
+    (nn.Conv2d(3, 5, 3), (2, 3, 7, 7)),
+    (nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2), (2, 4, 9, 8)),
+    (nn.Conv2d(6, 6, 3, padding=1, groups=6), (2, 6, 5, 5)),
+    (nn.Conv2d(4, 4, 1, stride=2), (2, 4, 6, 6)),
+    (nn.Conv3d(2, 4, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1), groups=2), (2, 2, 3, 5, 6)),
+    (nn.Linear(5, 3), (4, 5)),
+    (nn.Linear(5, 3, bias=False), (2, 3, 7, 5)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=lambda v: str(v).replace(" ", "")[:60])
+def test_columns_times_weights_are_the_layer(layer, shape):
+    x = torch.randn(shape)
+    _, node = layer_of(layer, x)
+    columns = _columns(node, layer.weight, x)
+    weight = layer.weight.reshape(columns.shape[0], -1, columns.shape[1])
+    found = (weight @ columns).reshape(layer.weight.shape[0], -1)
+    bias = layer.bias if layer.bias is not None else torch.zeros(len(found))
+    y = layer(x)
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    expected = y.movedim(axis, 0).reshape(layer.weight.shape[0], -1)
+    torch.testing.assert_close(found + bias[:, None], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_strings_for_padding_are_understood():
+    for padding in ("same", "valid"):
+        layer = nn.Conv2d(2, 3, (3, 4), dilation=(1, 2), padding=padding)
+        x = torch.randn(2, 2, 8, 8)
+        module, node = layer_of(layer, x)
+        assert "padding" in str(node.target)
+        columns = _columns(node, layer.weight, x)
+        y = (layer.weight.reshape(1, 3, -1) @ columns).reshape(3, -1) + layer.bias[:, None]
+        torch.testing.assert_close(y, layer(x).movedim(1, 0).reshape(3, -1), rtol=1e-4, atol=1e-5)
+        assert node in observe_moments(module, {node: layer.weight}, [(x,)])
+
+
+def test_large_feature_maps_are_sampled():
+    layer = nn.Conv2d(1, 1, 3, padding=1)
+    x = torch.randn(4, 1, 128, 128)
+    module, node = layer_of(layer, x)
+    moments = observe_moments(module, {node: layer.weight}, [(x,)])[node]
+    assert moments.second.shape == (1, 9, 9)
+    torch.testing.assert_close(moments.second[0].diagonal(), torch.ones(9, dtype=torch.float64), rtol=0.1, atol=0.1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), out=st.integers(1, 6), inputs=st.integers(1, 150), rank=st.integers(1, 20),
+    offset=st.floats(-3, 3),
+)  # fmt: skip
+def test_compensated_rounding_is_no_worse_on_the_layers_own_output(seed, out, inputs, rank, offset):
+    """Correlated inputs with a mean, as layers have them; error measured on the data that calibrated."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, inputs, generator=generator)
+    x = torch.randn(400, rank, generator=generator) @ torch.randn(rank, inputs, generator=generator) + offset
+    layer = nn.Linear(inputs, out)
+    layer.weight.data = weight
+    module, node = layer_of(layer, x)
+    values, scales = quantize_weight(weight, INT8_WEIGHT, "mse")
+    moments = observe_moments(module, {node: weight}, [(x,)])[node]
+    better, missing = round_weight(weight, scales, moments, INT8_WEIGHT)
+    assert better.dtype == torch.int8
+    assert better.abs().max() <= 127
+
+    def error(stored, correction=0.0):
+        change = (stored.double() * scales.double()[:, None] - weight.double()) @ x.double().T
+        return float(((change + correction) ** 2).mean())
+
+    assert error(better, missing[:, None]) <= error(values) * (1 + 1e-6) + 1e-12
+
+
+def test_inputs_that_are_always_zero_or_constant():
+    layer = nn.Linear(6, 3)
+    for x in (torch.zeros(10, 6), torch.ones(10, 6), torch.ones(10, 6) * torch.tensor([1.0, 0, 0, 0, 0, 0])):
+        module, node = layer_of(layer, x)
+        moments = observe_moments(module, {node: layer.weight}, [(x,)])[node]
+        _, scales = quantize_weight(layer.weight, INT8_WEIGHT, "mse")
+        stored, missing = round_weight(layer.weight, scales, moments, INT8_WEIGHT)
+        y = (stored.double() * scales.double()[:, None]) @ x.double().T + missing[:, None]
+        torch.testing.assert_close(y.float(), (layer.weight @ x.T).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("clip", ["minmax", "mse"])
+@pytest.mark.parametrize("span", [(0.0, 5.0), (-3.0, -1.0), (2.0, 2.0), (0.0, 0.0), (-1e-20, 1e-20), (-1e30, 1e30)])
+def test_limits_of_odd_ranges_are_finite_and_hold_zero(clip, span):
+    module = capture(nn.ReLU(), torch.ones(2, 3)).module()
+    node = next(n for n in module.graph.nodes if n.op == "placeholder")
+    ranges = Ranges(module, [node])
+    ranges.observe([(torch.linspace(*span, 60).reshape(20, 3),)], histogram=clip == "mse")
+    low, high = ranges.limits(node, INT8_ACTIVATION, clip)
+    assert low <= 0 <= high
+    scale, zero = affine(low, high, INT8_ACTIVATION)
+    assert 0 < scale < float("inf")
+    assert -128 <= zero <= 127
