@@ -131,11 +131,11 @@ def _latency(program: Program, artifact: Any, x: Any, batch_sizes: Sequence[int]
         noise = ratio_interval(times["before"], times["again"])[1]
         # Eager at its best, not as its default thread count happens to leave it.
         name = min(("before", "one thread"), key=lambda n: times[n].median_ms)
-        threads = 1 if name == "one thread" else torch.get_num_threads()
+        threads = "1 thread" if name == "one thread" else f"{torch.get_num_threads()} threads"
         before, after = times[name], times["after"]
         low, middle, high = ratio_interval(before, after)
         how = (
-            f"{len(after.seconds)} paired rounds, {middle:.1f}x ({low:.1f} to {high:.1f}); eager on {threads} thread(s)"
+            f"{len(after.seconds)} rounds, {middle:.1f}x ({low:.1f} to {high:.1f}), eager on {threads}"
         )
         report.add(f"latency, batch {size}", after.median_ms, before=before.median_ms, unit="ms", how=how)
         report.facts[f"noise at batch {size}"] = f"eager against itself {noise:.2f}x"

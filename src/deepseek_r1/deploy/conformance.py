@@ -1,4 +1,7 @@
-"""What every deployment target must keep to, as one call: `check_target("mine").ok`. Knows targets by the registry only."""
+"""What every deployment target must keep to, as one call: `check_target("mine").ok`.
+
+Knows targets by the registry only.
+"""
 
 from __future__ import annotations
 

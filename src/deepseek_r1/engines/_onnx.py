@@ -32,6 +32,9 @@ def to_onnx(program: Program) -> onnx.ModelProto:
             f"{program.name!r} has {program.parameters_bytes / 1e9:.1f} GB of weights; an ONNX file holds at most 2."
         )
     names = [n for n in program.exported.graph_signature.user_outputs if n is not None]
+    if any(not isinstance(n, str) for n in names):
+        plain = [n for n in names if not isinstance(n, str)]
+        raise UnsupportedOpError(f"{program.name!r} gives {plain} beside its tensors; ONNX gives tensors only.")
     outputs = ["output"] if len(names) == 1 else [f"output_{i}" for i in range(len(names))]
     try:
         with quiet_torch(), contextlib.redirect_stdout(io.StringIO()):
@@ -42,11 +45,18 @@ def to_onnx(program: Program) -> onnx.ModelProto:
         assert exported is not None
         model: onnx.ModelProto = exported.model_proto
     except Exception as e:  # the exporter has a class of its own for each stage
-        text = next((line for line in reversed(str(e).splitlines()) if line.strip()), type(e).__name__)
-        raise UnsupportedOpError(f"{program.name!r} has no ONNX form: {text[:400]}") from e
+        raise UnsupportedOpError(f"{program.name!r} has no ONNX form: {_reason(e)}") from e
     _tidy(model)
     retarget(model)
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause in one line; the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 def _tidy(model: onnx.ModelProto) -> None:

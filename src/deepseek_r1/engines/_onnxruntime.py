@@ -10,6 +10,7 @@ import torch
 
 from ..graph import Program
 from ..runtime import RUNTIMES
+from ._eager import EagerEngine
 from ._onnx import to_onnx
 from .base import Runner
 
@@ -41,7 +42,12 @@ class OnnxRuntimeEngine:
         positions = [program.input_names().index(name) for name in names]
         session = RUNTIMES.get("onnxruntime")(model.SerializeToString())
 
+        # ONNX Runtime gives wrong shapes for some reductions of an empty batch (ArgMax, as of 1.31).
+        of_nothing = EagerEngine().compile(program)
+
         def run(leaves: Sequence[Any]) -> list[torch.Tensor]:
+            if not all(leaves[i].numel() for i in positions):
+                return of_nothing(leaves)
             feeds = {name: leaves[i].detach().contiguous().numpy() for name, i in zip(names, positions)}
             return [torch.from_numpy(v) for v in session.run(feeds)]
 

@@ -47,11 +47,10 @@ def check_engine(name: str) -> Report:
     if reason:
         report.skip("all models", reason)
         return report
-    for title, make in _MODELS.items():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            program, inputs = make()
-        _check_model(engine, title, program, inputs, report)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for title, make in _MODELS.items():
+            _check_model(engine, title, *make(), report)
     return report
 
 
@@ -132,10 +131,8 @@ def _check_model(engine: Engine, title: str, program: Program, inputs: Inputs, r
         return
     for batch in _BATCHES:
         _attempt(report, f"{title}: answers, batch {batch}", _answers, runner, program, inputs(batch))
-    leaves = pytree.tree_leaves(inputs(3))
-    _attempt(report, f"{title}: twice the same", _repeats, runner, leaves)
-    _attempt(report, f"{title}: two threads", _threads, runner, leaves)
-    _attempt(report, f"{title}: inputs left alone", _leaves_inputs, runner, leaves)
+    for what, check in (("twice the same", _repeats), ("two threads", _threads), ("inputs left alone", _leaves_inputs)):
+        _attempt(report, f"{title}: {what}", check, runner, pytree.tree_leaves(inputs(3)))
     now = program.exported.state_dict
     same = all(torch.equal(v, now[k]) for k, v in weights.items())
     report.check(f"{title}: weights left alone", same, "bit by bit")
