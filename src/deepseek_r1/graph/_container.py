@@ -150,8 +150,10 @@ def from_bytes(data: bytes, where: str) -> Program:
             parent=from_bytes(parts["parent.dr1"], f"{where}:parent.dr1") if "parent.dr1" in parts else None,
             report=Report.from_dict(about["report"]),
         )
-    except ArtifactError:
-        raise
+    except ArtifactError as e:
+        if where in str(e):
+            raise
+        raise ArtifactError(f"{where} is damaged: {e}") from e
     except Exception as e:  # torch fails on a damaged graph wherever it happens to stumble
         reason = f"{type(e).__name__}: {str(e)[:300]}"
         raise ArtifactError(f"{where} is damaged or of another torch ({about['torch']}): {reason}") from e

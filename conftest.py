@@ -1,0 +1,13 @@
+"""Settings of the whole test run."""
+
+from __future__ import annotations
+
+import os
+
+# One thread for each library, in this process and in those that tests start: small operators on several threads are
+# slower, and much slower as soon as another program takes a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Doctests are collected from the sources. These modules become torch's own when they are imported, and `deepseek` is
+# stubs only.
+collect_ignore_glob = ["src/deepseek/*", "src/deepseek_r1/nn/functional.py", "src/deepseek_r1/nn/init.py"]
