@@ -78,7 +78,10 @@ class DSModule(torch.nn.Module):
 class _Wrapped(DSModule):
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
+        if not isinstance(module, torch.nn.Module):
+            raise InputError(f"DSModule.from_torch needs a torch.nn.Module, given {type(module).__name__}.")
         self.module = module
+        self.register_load_state_dict_pre_hook(_with_prefix)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -87,9 +90,11 @@ class _Wrapped(DSModule):
         """The wrapped module's, without a prefix."""
         return self.module.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Into the wrapped module."""
-        return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+def _with_prefix(wrapper: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Changes `state_dict`: names as `_Wrapped.state_dict` gives them become those that torch looks for."""
+    for name in [n for n in state_dict if n.startswith(prefix)]:
+        state_dict[f"{prefix}module.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
 def _bare(module: DSModule) -> torch.nn.Module:
@@ -113,15 +118,16 @@ def load_model(spec: str | os.PathLike[str]) -> torch.nn.Module | Program:
     path = Path(text)
     if is_artifact(path):
         return load_onnx(open_artifact(path).model_path)
-    if ".py:" in text or text.endswith(".py"):
+    scheme, colon, rest = text.partition(":")
+    from_source = bool(colon) and scheme in SOURCES
+    if not from_source and (".py:" in text or text.endswith(".py")):
         return load_factory(text)
     readers: dict[str, Callable[[Any], torch.nn.Module | Program]] = {
         ".onnx": load_onnx,
         ".pt2": load_pt2,
         ".dr1": Program.load,
     }
-    scheme, colon, rest = text.partition(":")
-    if path.suffix in readers and not (colon and scheme in SOURCES):
+    if path.suffix in readers and not from_source:
         if not path.is_file():
             raise InputError(f"{text} does not exist.")
         return readers[path.suffix](path)

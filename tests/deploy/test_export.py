@@ -18,7 +18,7 @@ from torch import nn
 from deepseek_r1.core import ArtifactError, CheckFailedError, InputError, PluginError, open_artifact
 from deepseek_r1.core.atomic import sha256_file
 from deepseek_r1.deploy import _onnx, export, scorecard
-from deepseek_r1.engines import optimize
+from deepseek_r1.engines import optimize, to_onnx
 from deepseek_r1.graph import capture
 from deepseek_r1.models import DigitsNet
 from deepseek_r1.quantization import quantize
@@ -30,7 +30,7 @@ LABELS = [str(i) for i in range(10)]
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    return DigitsNet(width=4).eval()
+    return DigitsNet(width=12).eval()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def data(net):
 def run_onnx(path, x):
     from deepseek_r1.runtime import RUNTIMES
 
-    return RUNTIMES.get("onnxruntime")(path).run({"x_N1HW": x})[0]
+    return RUNTIMES.get("onnxruntime")(path).run({"x_n1hw": x})[0]
 
 
 def everything(folder):
@@ -87,7 +87,7 @@ def test_an_artifact(program, data, tmp_path):
     assert manifest.labels == tuple(LABELS)
     assert list(manifest.preprocessing) == steps
     assert manifest.extra == {"tokenizer": "none"}
-    assert [(s.name, s.dtype, s.shape) for s in manifest.inputs] == [("x_N1HW", "float32", ("batch", 1, 8, 8))]
+    assert [(s.name, s.dtype, s.shape) for s in manifest.inputs] == [("x_n1hw", "float32", ("batch", 1, 8, 8))]
     assert manifest.outputs[0].shape == ("batch", 10)
     assert {"torch", "onnxruntime", "deepseek-r1"} <= set(manifest.versions)
     assert artifact.report.ok
@@ -131,7 +131,7 @@ def test_several_inputs_and_outputs(tmp_path):
 
 def perturbed(program):
     """`to_onnx` with one weight changed, as a broken exporter would leave it."""
-    model = PLAIN(program)
+    model = plain(program)
     for constant in model.graph.initializer:
         value = numpy_helper.to_array(constant)
         if value.dtype == np.float32 and value.ndim > 1:
@@ -140,7 +140,8 @@ def perturbed(program):
     raise AssertionError("no float weight to change")
 
 
-PLAIN = _onnx.to_onnx
+def plain(program):
+    return to_onnx(program)
 
 
 @pytest.mark.parametrize("name", ["net.onnx", "artifact"])
@@ -164,7 +165,7 @@ def test_int8_files_are_held_to_the_quantised_program(net, data, tmp_path, monke
     int8 = quantize(net, dataset=data)
 
     def spoiled(program):
-        model = PLAIN(program)
+        model = plain(program)
         for constant in model.graph.initializer:
             value = numpy_helper.to_array(constant)
             if value.dtype == np.int8 and value.ndim == 4:
@@ -180,7 +181,7 @@ def test_int8_files_are_held_to_the_quantised_program(net, data, tmp_path, monke
 
 def test_a_batch_size_that_the_exporter_fixed_is_found(program, tmp_path, monkeypatch):
     def fixed(program):
-        model = PLAIN(program)
+        model = plain(program)
         model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
         model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 2
         return model
@@ -204,7 +205,7 @@ def test_a_full_disk_keeps_what_was_there(program, data, tmp_path, monkeypatch, 
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd)
 
-    for at in (1, 2, 3):
+    for at in (1, 3):
         full.at = at
         count.clear()
         monkeypatch.setattr(os, "fsync", full)
@@ -274,7 +275,7 @@ def kill_while_writing(program, tmp_path, how, after):
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("after", [2, 4, 7])
+@pytest.mark.parametrize("after", [3, 6])
 def test_a_killed_export_leaves_an_artifact_that_opens(program, tmp_path, after):
     out = kill_while_writing(program, tmp_path, signal.SIGKILL, after)
     assert load(out / "a")(np.zeros((1, 1, 8, 8), np.float32)).shape == (1, 10)

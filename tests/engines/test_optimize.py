@@ -387,8 +387,16 @@ def test_budgets_that_cannot_be_met_fail_with_all_measurements(int8, net, rival)
     with pytest.raises(CheckFailedError, match=r"size budget: 0\.34 MB, budget 0\.001 MB"):
         optimize(net, example_inputs=X, budget=Budget(size_mb=0.001), engines=[rival()])
     assert optimize(net, example_inputs=X, budget=Budget(latency_ms=1e4, size_mb=10), engines=[]).report.ok
-    report = optimize(net, example_inputs=X, budget=Budget(memory_gb=1), engines=[]).report
-    assert "memory budget" in dict(report.skipped)
+
+
+def test_a_memory_budget_is_measured_in_fresh_processes(net, rival):
+    report = optimize(net, example_inputs=X, budget=Budget(memory_gb=8), engines=["onnxruntime"]).report
+    assert report.ok
+    assert 50 < report["peak memory, onnxruntime fp32"].after < 8000
+    with pytest.raises(CheckFailedError, match=r"memory budget: 0\.\d+ GB, budget 0\.01 GB"):
+        optimize(net, example_inputs=X, budget=Budget(memory_gb=0.01), engines=[])
+    report = optimize(net, example_inputs=X, budget=Budget(memory_gb=8), engines=[name := rival()]).report
+    assert "could not be measured" in dict(report.skipped)[f"{name} fp32"]
 
 
 def test_a_size_that_only_int8_meets_is_met_by_int8(int8, rival):

@@ -16,6 +16,7 @@ from ..core import InputError, Report, probe
 from ..data import unpack_batch
 from ..engines import Executable
 from ..graph import Program, as_inputs, capture
+from ..runtime import check_steps
 from .base import TARGETS, Job
 
 #: At most this many batches of the dataset check an export.
@@ -46,7 +47,7 @@ def export(
         preprocessing: steps from raw data to model input for an Artifact, see `runtime.preprocess`.
 
     Raises:
-        InputError: nothing to capture with, or an empty dataset.
+        InputError: nothing to capture with, an empty dataset, or labels or preprocessing that do not fit.
         CheckFailedError: the files answer differently; nothing was written, and what stood there before stays.
         UnsupportedOpError: an operator has no form on the target.
 
@@ -61,10 +62,12 @@ def export(
     if target is None and destination.suffix not in ("", ".onnx"):
         raise InputError(f"export({str(path)!r}): a name ending in .onnx, or a directory for an Artifact, is needed.")
     writer = TARGETS.get(chosen)()
+    check_steps(preprocessing)
     batches = list(islice(dataset, _BATCHES)) if dataset is not None else []
     if dataset is not None and not batches:
         raise InputError("export(dataset=...): the dataset is empty.")
     program = _program(model, example_inputs, batches)
+    _check_labels(labels, program)
     flat = [_flat(unpack_batch(b), program) for b in batches]
     args, kwargs = as_inputs(example_inputs) if example_inputs is not None else program.example_inputs
     job = Job(
@@ -107,6 +110,14 @@ def _program(model: Any, example_inputs: Any, batches: list[Any]) -> Program:
         args, kwargs, _ = unpack_batch(batches[0])
         example_inputs = kwargs or args
     return capture(model, example_inputs)
+
+
+def _check_labels(labels: Sequence[str] | None, program: Program) -> None:
+    nodes = {n.name: n for n in program.exported.graph.nodes}
+    outputs = (nodes.get(str(n)) for n in program.exported.graph_signature.user_outputs)
+    shape = next((n.meta["val"].shape for n in outputs if n is not None), ())
+    if labels is not None and shape and str(shape[-1]).isdigit() and int(shape[-1]) != len(labels):
+        raise InputError(f"export(labels=...): {len(labels)} labels for {int(shape[-1])} classes; one each is needed.")
 
 
 def _flat(batch: tuple[Any, Any, Any], program: Program) -> tuple[list[Any], Any]:

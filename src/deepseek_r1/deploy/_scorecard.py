@@ -134,9 +134,7 @@ def _latency(program: Program, artifact: Any, x: Any, batch_sizes: Sequence[int]
         threads = "1 thread" if name == "one thread" else f"{torch.get_num_threads()} threads"
         before, after = times[name], times["after"]
         low, middle, high = ratio_interval(before, after)
-        how = (
-            f"{len(after.seconds)} rounds, {middle:.1f}x ({low:.1f} to {high:.1f}), eager on {threads}"
-        )
+        how = f"{len(after.seconds)} rounds, {middle:.1f}x ({low:.1f} to {high:.1f}), eager on {threads}"
         report.add(f"latency, batch {size}", after.median_ms, before=before.median_ms, unit="ms", how=how)
         report.facts[f"noise at batch {size}"] = f"eager against itself {noise:.2f}x"
         series = {"before": [s * 1e3 for s in before.seconds], "after": [s * 1e3 for s in after.seconds]}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ import torch.utils._pytree as pytree
 from ..core import Budget, CheckFailedError, ConfigError, InputError, Report, probe
 from ..data import batch_size, unpack_batch
 from ..graph import Program, as_inputs, capture, float64_module, to_float64
+from ..measure import peak_memory_of
 from ._race import Candidate, Task, race
 from .base import ENGINES
 from .executable import Executable
@@ -41,7 +45,8 @@ def optimize(
         example_inputs: a tensor, a tuple or a mapping. Their batch size is the one that is timed. Without them the
             first batch of `dataset` is taken; without that, capture waits for the first call.
         dataset: batches that judge accuracy: `(inputs, labels)`, a mapping, or inputs alone.
-        budget: limits; `latency_ms` and `size_mb` are held or an error is raised.
+        budget: limits; they are held or an error is raised. Peak memory (`memory_gb`) is that of a fresh process
+            with PyTorch, on the CPU.
         engines: names to race; by default all that are registered, except "null".
 
     Raises:
@@ -131,13 +136,13 @@ def _race(program: Program, engines: list[str], budget: Budget, batches: list[An
         reference=[v for v in pytree.tree_leaves(reference) if isinstance(v, torch.Tensor)],
         batches=[_flat(batch, program) for batch in batches],
     )
-    baseline = _candidate("eager", parent, report)
+    baseline = _candidate("eager", parent, inputs, report)
     assert baseline is not None, "eager takes every program"
     rivals = [
         candidate
         for source in ([program] if program is parent else [program, parent])
         for engine in engines
-        if (engine != "eager" or source is not parent) and (candidate := _candidate(engine, source, report))
+        if (engine != "eager" or source is not parent) and (candidate := _candidate(engine, source, inputs, report))
     ]
     winner = race(baseline, rivals, task, budget, report)
     assert winner.latency is not None, "the winner was timed"
@@ -149,7 +154,9 @@ def _race(program: Program, engines: list[str], budget: Budget, batches: list[An
         detail = f"{winner.size_bytes / 1e6:.2f} MB, budget {budget.size_mb:g} MB"
         report.check("size budget", winner.size_bytes <= budget.size_mb * 1e6, detail)
     if budget.memory_gb is not None:
-        report.skip("memory budget", "peak memory of a rival is measured once rivals run in processes of their own")
+        peak = winner.peak_bytes
+        detail = f"{'not measured' if peak is None else f'{peak / 1e9:.3f} GB'}, budget {budget.memory_gb:g} GB"
+        report.check("memory budget", peak is not None and peak <= budget.memory_gb * 1e9, detail)
     if not report.ok:
         raise CheckFailedError("; ".join(f"{c.name}: {c.detail}" for c in report.failed), report=report)
     engine, source = winner.tag
@@ -166,7 +173,28 @@ def _flat(batch: Any, program: Program) -> tuple[list[Any], Any]:
     return pytree.tree_leaves((args, kwargs)), labels
 
 
-def _candidate(engine: str, program: Program, report: Report) -> Candidate | None:
+_RUN_ONCE = """
+import sys
+import torch
+import torch.utils._pytree as pytree
+from deepseek_r1.engines import ENGINES
+from deepseek_r1.graph import Program
+program = Program.load(sys.argv[1])
+run = ENGINES.get(sys.argv[2])().compile(program)
+with torch.no_grad():
+    for _ in range(3):
+        run(pytree.tree_leaves(program.example_inputs))
+"""
+
+
+def _peak_memory(engine: str, program: Program, inputs: Any) -> int:
+    with tempfile.TemporaryDirectory(prefix="deepseek-r1-") as folder:
+        file = Path(folder) / "candidate.dr1"
+        replace(program, example_inputs=inputs, parent=None).save(file)
+        return peak_memory_of(_RUN_ONCE, [str(file), engine])[0]
+
+
+def _candidate(engine: str, program: Program, inputs: Any, report: Report) -> Candidate | None:
     name = f"{engine} {program.precision}"
     plugin = ENGINES.get(engine)()
     reason = plugin.unavailable() or plugin.unsupported(program)
@@ -190,5 +218,5 @@ def _candidate(engine: str, program: Program, report: Report) -> Candidate | Non
 
     return Candidate(
         name=name, run=finished, size_bytes=program.parameters_bytes, float32=program.precision == "fp32",
-        tag=(engine, program),
+        measure_peak=lambda: _peak_memory(engine, program, inputs), tag=(engine, program),
     )  # fmt: skip

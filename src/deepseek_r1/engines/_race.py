@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core import Budget, Report, progress
+from ..core import Budget, InputError, Report, progress
 from ..data import class_hits
 from ..measure import Latency, compare, paired_latency, ratio_interval
 from ._eager import on_one_thread
@@ -40,6 +40,7 @@ class Candidate:
         size_bytes: bytes of its weights.
         float32: whether it must match the float64 reference; otherwise the task metric judges it.
         problem: why it is out, empty while it is in.
+        measure_peak: gives the peak memory of a fresh process that runs it, in bytes; called if a budget limits that.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Candidate:
     latency: Latency | None = None
     accuracy: float | None = None
     problem: str = ""
+    measure_peak: Callable[[], int] | None = field(default=None, repr=False)
+    peak_bytes: int | None = None
     tag: Any = field(default=None, repr=False)
 
 
@@ -86,6 +89,8 @@ def race(baseline: Candidate, rivals: list[Candidate], task: Task, budget: Budge
     baseline.latency = min(latencies[baseline.name], latencies[_ONE], key=lambda t: t.median_ms)
     if baseline.latency is latencies[_ONE]:
         report.facts["eager"] = f"timed on one thread, which is faster here than {torch.get_num_threads()}"
+    if budget.memory_gb is not None:
+        alive = _measure_memory(baseline, alive, report)
     winner = _choose(baseline, alive, budget, report)
     for candidate in rivals:
         if candidate.problem:
@@ -176,9 +181,31 @@ def task_metric(outputs: list[torch.Tensor], floats: list[torch.Tensor], labels:
     return float(same.mean()), f"agreement with the float model on {len(same)} rows"
 
 
+def _measure_memory(baseline: Candidate, alive: list[Candidate], report: Report) -> list[Candidate]:
+    for candidate in (baseline, *alive):
+        try:
+            candidate.peak_bytes = candidate.measure_peak() if candidate.measure_peak else None
+        except InputError as e:
+            candidate.problem = f"its peak memory could not be measured: {str(e)[:200]}"
+        if candidate.peak_bytes is not None:
+            how = "a fresh process with PyTorch that loads, compiles and runs it"
+            report.add(f"peak memory, {candidate.name}", candidate.peak_bytes / 1e6, unit="MB", how=how)
+    return [c for c in alive if not c.problem]
+
+
+def _over(candidate: Candidate, budget: Budget) -> str:
+    """Why a candidate does not fit the budget's size and memory; empty if it does."""
+    if budget.size_mb is not None and candidate.size_bytes > budget.size_mb * 1e6:
+        return f"{candidate.size_bytes / 1e6:.2f} MB, the budget is {budget.size_mb:g} MB"
+    if budget.memory_gb is not None and (candidate.peak_bytes is None or candidate.peak_bytes > budget.memory_gb * 1e9):
+        measured = "not measured" if candidate.peak_bytes is None else f"{candidate.peak_bytes / 1e9:.3f} GB"
+        return f"peak memory {measured}, the budget is {budget.memory_gb:g} GB"
+    return ""
+
+
 def _choose(baseline: Candidate, alive: list[Candidate], budget: Budget, report: Report) -> Candidate:
     assert baseline.latency is not None, "the baseline is always timed"
-    limit = np.inf if budget.size_mb is None else budget.size_mb * 1e6
+    plain_is_out = bool(_over(baseline, budget))
     sure: list[Candidate] = []
     for candidate in alive:
         assert candidate.latency is not None, "whoever is alive was timed"
@@ -187,9 +214,9 @@ def _choose(baseline: Candidate, alive: list[Candidate], budget: Budget, report:
             f"latency, {candidate.name}", candidate.latency.median_ms, before=baseline.latency.median_ms, unit="ms",
             how=f"{middle:.2f}x eager, 95 % interval {low:.2f} to {high:.2f}, {len(candidate.latency.seconds)} rounds",
         )  # fmt: skip
-        if candidate.size_bytes > limit:
-            report.skip(candidate.name, f"{candidate.size_bytes / 1e6:.2f} MB, the budget is {limit / 1e6:g} MB")
-        elif low > 1.0 or baseline.size_bytes > limit:
+        if reason := _over(candidate, budget):
+            report.skip(candidate.name, reason)
+        elif low > 1.0 or plain_is_out:
             sure.append(candidate)
         else:
             report.skip(candidate.name, "not surely faster than eager")

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ._predictor import RUNTIMES, Predictor, load
-from ._preprocessing import preprocess
+from ._preprocessing import check_steps, preprocess
 
-__all__ = ["RUNTIMES", "Predictor", "load", "preprocess"]
+__all__ = ["RUNTIMES", "Predictor", "check_steps", "load", "preprocess"]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core import InputError, Manifest, Registry, open_artifact
+from ..core import InputError, Manifest, Registry, TensorSpec, open_artifact
 from ._preprocessing import preprocess
 
 Array = NDArray[Any]
@@ -48,7 +48,7 @@ class Predictor:
         missing = [n for n in names if n not in feeds]
         if missing:
             raise InputError(f"the model's input {missing[0]!r} is missing; it takes {names}.")
-        arrays = {s.name: np.ascontiguousarray(np.asarray(feeds[s.name], dtype=s.dtype)) for s in specs}
+        arrays = {s.name: _array(feeds[s.name], s) for s in specs}
         outputs = self._session.run(arrays)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -62,6 +62,13 @@ class Predictor:
         if self.manifest.labels is None:
             return scores
         return [self.manifest.labels[i] for i in np.argmax(scores, axis=-1).ravel()]
+
+
+def _array(value: Any, spec: TensorSpec) -> Array:
+    try:
+        return np.ascontiguousarray(np.asarray(value, dtype=spec.dtype))
+    except (TypeError, ValueError) as e:
+        raise InputError(f"input {spec.name!r} must be an array of {spec.dtype}, shape {list(spec.shape)}: {e}") from e
 
 
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Predictor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,14 +19,22 @@ def _cast(x: Array, dtype: str) -> Array:
 
 
 def _scale(x: Array, factor: float) -> Array:
+    _needs_float(x)
     return np.asarray(x * np.asarray(factor, dtype=x.dtype), dtype=x.dtype)
 
 
 def _normalize(x: Array, mean: list[float], std: list[float]) -> Array:
+    _needs_float(x)
     shape = (1, -1) + (1,) * (x.ndim - 2)
     m = np.asarray(mean, dtype=x.dtype).reshape(shape)
     s = np.asarray(std, dtype=x.dtype).reshape(shape)
     return np.asarray((x - m) / s)
+
+
+def _needs_float(x: Array) -> None:
+    # A factor such as 1/16 is 0 as a whole number.
+    if not np.issubdtype(x.dtype, np.floating):
+        raise ValueError("cast it to float32 first")
 
 
 def _reshape(x: Array, shape: list[int]) -> Array:
@@ -45,6 +54,23 @@ STEPS: dict[str, Callable[..., Array]] = {
 }
 
 
+def check_steps(steps: Iterable[Mapping[str, Any]]) -> None:
+    """Raise InputError if a step is unknown or its arguments are not those it takes; looks at no data.
+
+    Example:
+        >>> check_steps([{"op": "scale", "by": 2}])
+        Traceback (most recent call last):
+        deepseek_r1.core.errors.InputError: preprocessing step 0 (scale) takes ['factor']; given ['by'].
+    """
+    for number, step in enumerate(steps):
+        name = step.get("op")
+        if name not in STEPS:
+            raise InputError(f"preprocessing step {number} is {name!r}; known steps: {', '.join(STEPS)}.")
+        takes, given = list(inspect.signature(STEPS[name]).parameters)[1:], [k for k in step if k != "op"]
+        if set(takes) != set(given):
+            raise InputError(f"preprocessing step {number} ({name}) takes {takes}; given {given}.")
+
+
 def preprocess(steps: Iterable[Mapping[str, Any]], array: Any) -> Array:
     """Apply the steps in order.
 
@@ -60,10 +86,10 @@ def preprocess(steps: Iterable[Mapping[str, Any]], array: Any) -> Array:
         [[1.0, 2.0]]
     """
     x = np.asarray(array)
+    steps = list(steps)
+    check_steps(steps)
     for number, step in enumerate(steps):
-        name = step.get("op")
-        if name not in STEPS:
-            raise InputError(f"preprocessing step {number} is {name!r}; known steps: {', '.join(STEPS)}.")
+        name = step["op"]
         arguments = {k: v for k, v in step.items() if k != "op"}
         try:
             x = STEPS[name](x, **arguments)

