@@ -26,7 +26,7 @@ def shifted(loader: torch.utils.data.DataLoader) -> dr1.DSDataLoader:  # type: i
 
 
 def main(*, out: Path, seed: int = 0) -> dr1.Report:
-    """Train, quantise, optimise, export, check. Writes `model.onnx`, `artifact/` and `weights.safetensors` to `out`."""
+    """Train, quantise, optimise, export, check. Writes `model.onnx` and `artifact/` to `out`."""
     dr1.seed_everything(seed)
     digits = dr1.data.digits(seed=seed)
     model = dr1.models.DigitsNet()
