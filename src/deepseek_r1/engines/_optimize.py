@@ -92,7 +92,7 @@ def optimize(
         report = Report(f"optimize {program.name}")
         report.note('eager PyTorch was kept, as method="dynamic" asks')
         return Executable(program, "eager", ENGINES.get("eager")().compile(program), report)
-    return _race(program, chosen, budget, batches, (args, kwargs))
+    return _race(program, chosen, budget, batches, (args, kwargs), None if isinstance(model, Program) else model)
 
 
 def _batches(dataset: Iterable[Any] | None) -> list[Any]:
@@ -123,7 +123,9 @@ def _at_first_call(model: torch.nn.Module, method: str, engines: list[str], budg
     return Executable(None, "eager", None, report, prepare=prepare)
 
 
-def _race(program: Program, engines: list[str], budget: Budget, batches: list[Any], inputs: Any) -> Executable:
+def _race(
+    program: Program, engines: list[str], budget: Budget, batches: list[Any], inputs: Any, module: Any
+) -> Executable:
     report = Report(f"optimize {program.name}")
     report.facts.update(probe().facts())
     parent = program if program.parent is None else program.parent
@@ -136,7 +138,8 @@ def _race(program: Program, engines: list[str], budget: Budget, batches: list[An
         reference=[v for v in pytree.tree_leaves(reference) if isinstance(v, torch.Tensor)],
         batches=[_flat(batch, program) for batch in batches],
     )
-    baseline = _candidate("eager", parent, inputs, report)
+    # The plain thing is the user's own module where there is one, not the graph that was captured from it.
+    baseline = _candidate("eager", parent, inputs, report, module)
     assert baseline is not None, "eager takes every program"
     rivals = [
         candidate
@@ -148,10 +151,10 @@ def _race(program: Program, engines: list[str], budget: Budget, batches: list[An
     assert winner.latency is not None, "the winner was timed"
     report.add("winner", winner.name, before=baseline.name)
     if budget.latency_ms is not None:
-        detail = f"{winner.latency.median_ms:.3f} ms, budget {budget.latency_ms:g} ms"
+        detail = f"{winner.latency.median_ms:.4g} ms, budget {budget.latency_ms:g} ms"
         report.check("latency budget", winner.latency.median_ms <= budget.latency_ms, detail)
     if budget.size_mb is not None:
-        detail = f"{winner.size_bytes / 1e6:.2f} MB, budget {budget.size_mb:g} MB"
+        detail = f"{winner.size_bytes / 1e6:.4g} MB, budget {budget.size_mb:g} MB"
         report.check("size budget", winner.size_bytes <= budget.size_mb * 1e6, detail)
     if budget.memory_gb is not None:
         peak = winner.peak_bytes
@@ -159,11 +162,8 @@ def _race(program: Program, engines: list[str], budget: Budget, batches: list[An
         report.check("memory budget", peak is not None and peak <= budget.memory_gb * 1e9, detail)
     if not report.ok:
         raise CheckFailedError("; ".join(f"{c.name}: {c.detail}" for c in report.failed), report=report)
-    engine, source = winner.tag
-    # The eager graph reads the live weights; whatever was compiled holds copies.
-    stores = {**source.exported.constants, **source.exported.state_dict}
-    watch = [] if engine == "eager" else [v for v in stores.values() if isinstance(v, torch.Tensor)]
-    return Executable(source, engine, winner.run, report, watch=watch)
+    executable: Executable = winner.tag
+    return executable
 
 
 def _flat(batch: Any, program: Program) -> tuple[list[Any], Any]:
@@ -194,7 +194,9 @@ def _peak_memory(engine: str, program: Program, inputs: Any) -> int:
         return peak_memory_of(_RUN_ONCE, [str(file), engine])[0]
 
 
-def _candidate(engine: str, program: Program, inputs: Any, report: Report) -> Candidate | None:
+def _candidate(
+    engine: str, program: Program, inputs: Any, report: Report, module: torch.nn.Module | None = None
+) -> Candidate | None:
     name = f"{engine} {program.precision}"
     plugin = ENGINES.get(engine)()
     reason = plugin.unavailable() or plugin.unsupported(program)
@@ -206,7 +208,6 @@ def _candidate(engine: str, program: Program, inputs: Any, report: Report) -> Ca
     except Exception as e:  # a rival may fail in any way; it costs the rival only
         report.skip(name, f"compiling failed: {type(e).__name__}: {str(e)[:300]}")
         return None
-
     on_gpu = any(t.device.type == "cuda" for t in program.exported.state_dict.values())
 
     def finished(leaves: Sequence[Any]) -> list[torch.Tensor]:
@@ -216,7 +217,19 @@ def _candidate(engine: str, program: Program, inputs: Any, report: Report) -> Ca
             torch.cuda.synchronize()
         return outputs
 
+    # The eager graph reads the live weights; whatever was compiled holds copies.
+    stores = {**program.exported.constants, **program.exported.state_dict}
+    watch = [] if engine == "eager" else [v for v in stores.values() if isinstance(v, torch.Tensor)]
+    executable = Executable(program, engine, run, report, watch=watch, module=module)
+    args, kwargs = inputs
+
+    def call() -> Any:
+        outputs = executable(*args, **kwargs)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return outputs
+
     return Candidate(
-        name=name, run=finished, size_bytes=program.parameters_bytes, float32=program.precision == "fp32",
-        measure_peak=lambda: _peak_memory(engine, program, inputs), tag=(engine, program),
+        name=name, run=finished, call=call, size_bytes=program.parameters_bytes, float32=program.precision == "fp32",
+        measure_peak=lambda: _peak_memory(engine, program, inputs), tag=executable,
     )  # fmt: skip

@@ -53,6 +53,7 @@ class Executable:
         self._state = self._versions()
         self._prepare = prepare
         self._module = module
+        self._parts = [] if module is None else list(module.modules())
         self.report = report
         if program is not None:
             self._adopt(program)
@@ -65,11 +66,16 @@ class Executable:
         spec = program.exported.call_spec.out_spec
         assert spec is not None, "a captured program always knows the nest of its outputs"
         self._out_tree = spec
+        # Most models take tensors by position and give one; both need no walk through nested values.
+        args, kwargs = program.example_inputs
+        plain = not kwargs and all(isinstance(a, torch.Tensor) for a in args)
+        self._positional = len(args) if plain else -1
+        self._single = spec.is_leaf() and len(self._template) == 1 and isinstance(self._template[0], Node)
 
     @property
     def program(self) -> Program:
         """The program that runs. Raises InputError if nothing was captured, or not yet."""
-        if self._module is not None:
+        if self._program is None and self._module is not None:
             raise InputError('there is no program: method="dynamic" captures nothing.')
         if self._program is None:
             raise InputError("nothing was captured yet: call the executable once, or give optimize example_inputs.")
@@ -83,7 +89,7 @@ class Executable:
     @property
     def precision(self) -> str:
         """Precision of the program that runs."""
-        if self._module is not None:
+        if self._program is None and self._module is not None:
             return "fp32"
         return self.program.precision
 
@@ -97,17 +103,20 @@ class Executable:
             InputError: the inputs do not fit the captured graph.
         """
         if self._module is not None:
-            with torch.no_grad(), evaluation(self._module):
-                return self._module(*args, **kwargs)
+            return self._run_module(args, kwargs)
         if self._prepare is not None:
             made = self._prepare((args, kwargs))
             self.__dict__.update(made.__dict__)
         if self._watch and self._versions() != self._state:
             self.refresh()
         assert self._runner is not None, "an executable without a runner has a prepare step"
-        leaves, tree = pytree.tree_flatten((args, kwargs))
-        if tree != self._in_tree:
-            raise InputError(self.program.misfit(args, kwargs) or f"the inputs must nest as {self._in_tree}.")
+        leaves: Sequence[Any]
+        if len(args) == self._positional and not kwargs and all(isinstance(a, torch.Tensor) for a in args):
+            leaves = args
+        else:
+            leaves, tree = pytree.tree_flatten((args, kwargs))
+            if tree != self._in_tree:
+                raise InputError(self.program.misfit(args, kwargs) or f"the inputs must nest as {self._in_tree}.")
         if outside := self.program.outside(leaves):
             raise InputError(self.program.misfit(args, kwargs) or outside)
         with torch.no_grad():
@@ -117,9 +126,20 @@ class Executable:
                 if misfit := self.program.misfit(args, kwargs):
                     raise InputError(misfit) from e
                 raise
+        if self._single:
+            return outputs[0]
         results = iter(outputs)
         filled = [next(results) if isinstance(slot, Node) else slot for slot in self._template]
         return pytree.tree_unflatten(filled, self._out_tree)
+
+    def _run_module(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self._module
+        assert module is not None, "only called where there is a module"
+        with torch.no_grad():
+            if not any(part.training for part in self._parts):
+                return module(*args, **kwargs)
+            with evaluation(module):
+                return module(*args, **kwargs)
 
     def refresh(self) -> None:
         """Compile again from the weights as they are now."""
