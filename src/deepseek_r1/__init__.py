@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from .core.names import PUBLIC, ROOMS, TORCH_NN, TORCH_OPTIM, lazy_getattr
 
 if TYPE_CHECKING:
-    from torch.nn import *  # noqa: F403
+    # First of all: for a type checker the first import of a name wins, as own names win over torch's.
+    from .nn import Sequential as Sequential  # isort: skip
+    from torch.nn import *  # type: ignore[assignment]  # noqa: F403
     from torch.optim import *  # noqa: F403
 
     from . import core as core
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from .graph import capture as capture
     from .module import DSModule as DSModule
     from .module import load_model as load_model
-    from .nn import Sequential as Sequential  # type: ignore[assignment]
     from .quantization import quantize as quantize
     from .runtime import load as load_artifact  # noqa: F401
     from .train import Trainer as Trainer

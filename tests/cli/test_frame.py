@@ -1,6 +1,7 @@
 """Exit codes, error lines and where reports go, for any verb."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,8 +13,15 @@ from typer.testing import CliRunner
 from deepseek_r1.cli import _frame as frame
 from deepseek_r1.cli import app
 from deepseek_r1.core import CheckFailedError, InputError, NonFiniteLossError, Report
+from deepseek_r1.core.userfile import load_file
 
 run = CliRunner().invoke
+
+
+@pytest.fixture(autouse=True)
+def _no_traceback():
+    """One test's `--traceback` is not the next one's."""
+    frame.show_traceback(False)
 
 
 def _report(ok=True):
@@ -157,3 +165,93 @@ def test_exit_codes_reach_the_shell(tmp_path):
         )
         command = [sys.executable, "-m", "deepseek_r1", "run", name]
         assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--json", ""], "--json '': no name was given; give the name of a file, or - for standard output."),
+        (["--html", ""], "--html '': no name was given; give the name of a file."),
+        (["--json", "{tmp}/file/r.json"], "file is a file, so nothing can be in it"),
+        (["--html", "{tmp}/file/deep/r.html"], "file is a file, so nothing can be in it"),
+        (["--json", "/dev/null"], "no ordinary file"),
+        (["--json", "{tmp}/shut/r.json"], "shut cannot be written to"),
+    ],
+)
+def test_places_that_cannot_be_written_to_are_known_before_the_work(tmp_path, monkeypatch, args, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "shut").mkdir()
+    # The super-user may write anywhere, so permissions alone would not show.
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "shut")
+    result = run(_app(lambda: _raise(AssertionError("the work began"))), [a.format(tmp=tmp_path) for a in args])
+    assert result.exit_code == 2, result.exception
+    assert message in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "shut"]
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+@pytest.mark.parametrize("ok", [True, False])
+def test_the_table_is_there_even_if_the_files_cannot_be(tmp_path, option, ok):
+    target = tmp_path / "r.html"
+
+    def work():
+        target.mkdir()
+        return _report() if ok else _raise(CheckFailedError("parity", report=_report(ok=False)))
+
+    result = run(_app(work), [option, str(target)])
+    assert result.exit_code == 2
+    assert "size" in result.stdout
+    assert result.stderr.startswith(f"error: {option} {target} could not be written: Is a directory. ")
+    assert ".tmp" not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_error_may_bring_a_report():
+    error = OSError(28, "No space left on device", "out/report.json")
+    error.report = _report()
+    result = run(_app(lambda: _raise(error)), [])
+    assert "size" in result.stdout
+    assert result.stderr.endswith("'out/report.json'. Free space, or give another place.\n")
+
+
+def test_errors_in_a_users_file_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine_framed.py").write_text("import sys\ndef bad():\n    {}['x']\ndef leave():\n    sys.exit(5)\n")
+    module = load_file("mine_framed.py")
+    result = run(_app(module.bad), [])
+    assert (result.exit_code, result.stderr) == (2, "error: mine_framed.py, line 3 ({}['x']): KeyError: 'x'\n")
+    result = run(_app(module.leave), [])
+    assert result.exit_code == 2
+    assert result.stderr == "error: mine_framed.py, line 5 (sys.exit(5)): sys.exit was called: 5\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "out", "message"),
+    [
+        ("export", "net.pt", "a name ending in .onnx, or a folder's name without an ending, is needed"),
+        ("quantize", "net.pt", "a name ending in .dr1 or a name ending in .onnx, or a folder's name"),
+        ("optimize", "best.v2", "a name ending in .onnx, or a folder's name without an ending"),
+        ("export", "folder.onnx", "that is a directory"),
+        ("quantize", "folder.dr1", "that is a directory"),
+        ("export", "file", "that is a file; give the name of a folder"),
+        ("optimize", "file", "that is a file; give the name of a folder"),
+        ("optimize", "full", "the folder has other things in it"),
+        ("export", "file/x.onnx", "so nothing can be in it"),
+        ("train", "file", "that is a file"),
+        ("train", "file/deep", "so nothing can be in it"),
+        ("run", "file", "that is a file"),
+    ],
+)
+def test_an_out_that_cannot_be_is_known_before_the_work(tmp_path, monkeypatch, verb, out, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder.onnx", "folder.dr1", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "thesis").touch()
+    (tmp_path / "file").touch()
+    # A model whose file fails: were it opened first, that would be the error.
+    (tmp_path / "m.py").write_text("raise RuntimeError('opened')")
+    data = ["--data", "digits"] if verb != "run" else []
+    result = run(app, [verb, "m.py:build" if verb != "run" else "m.py", *data, "--out", out])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: --out {out}: ")
+    assert message in result.stderr

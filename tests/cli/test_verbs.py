@@ -267,3 +267,89 @@ def test_sizes_of_images():
     for text in ("0", "1x", "axb", "-3", "1x2x3"):
         with pytest.raises(ConfigError, match="--image-size"):
             _inputs.parse_size(text)
+
+
+FAILING = """
+import sys
+import torch
+from torch import nn
+
+class Fails(nn.Module):
+    def __init__(self, after, error):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.left, self.error = after, error
+    def forward(self, x):
+        if self.training:
+            self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return self.layer(x)
+
+def attribute():
+    return Fails(0, AttributeError("no such thing"))
+
+def key():
+    return Fails(10, KeyError("late"))
+
+def leaves():
+    return Fails(10, SystemExit(3))
+
+def factory_leaves():
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "message", "resume"),
+    [
+        (
+            "attribute",
+            "the model failed after step 0: failing.py, line 15 (raise self.error): AttributeError: no",
+            False,
+        ),
+        ("key", "the model failed after step 10: failing.py, line 15 (raise self.error): KeyError: 'late'", True),
+        ("leaves", "line 15 (raise self.error): sys.exit was called: 3", True),
+        ("factory_leaves", "failing.py, line 28 (sys.exit(3)): sys.exit was called: 3", False),
+    ],
+)
+def test_a_model_that_fails_is_one_line_with_its_place(run, place, factory, message, resume):
+    (place / "failing.py").write_text(FAILING)
+    result = _check(run(f"train failing.py:{factory} --data data.npz --out failing_{factory}"), code=2)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert ("--resume" in result.stderr) is resume
+    loud = run(f"--traceback train failing.py:{factory} --data data.npz --out failing_{factory}_loud")
+    assert "Traceback" in loud.stderr
+
+
+def test_data_that_do_not_fit_are_said_with_their_shape(run, place):
+    rows = "\n".join(f"{i % 5},{i % 7},{i % 3}" for i in range(40))
+    (place / "narrow.csv").write_text("a,b,label\n" + rows.replace(",", ".5,", 2) + "\n")
+    result = _check(run("train model.py:build --data narrow.csv --out narrow"), code=2)
+    assert "cannot be trained on this data, whose samples have the shape (2,): RuntimeError: mat1" in result.stderr
+
+
+def test_a_finished_run_resumed_says_so_and_what_was_given_in_vain(run, place):
+    line = "train model.py:build --data data.npz --epochs 2 --out finished"
+    _check(run(f"{line} --lr 0.02"))
+    result = _check(run(f"{line} --lr 0.02 --resume --json -"))
+    notes = json.loads(result.stdout)["notes"]
+    assert not [n for n in notes if n.startswith("loss: ,")]
+    assert any(n.startswith("no step was taken: the run has 2 epochs already") for n in notes)
+    assert not [n for n in notes if "changed since" in n or n.startswith("lr: ")]
+    line = line.replace("--epochs 2", "--epochs 3")
+    result = _check(run(f"{line} --lr 0.5 --batch-size 16 --resume --json -"))
+    notes = json.loads(result.stdout)["notes"]
+    (resumed,) = [n for n in notes if n.startswith("resumed: ")]
+    assert "the loader's batch size (was 32, is 16)" in resumed
+    assert any(n.startswith("lr: 0.02 as the run began with, not 0.5 as given") for n in notes)
+    assert any(n.startswith("optimizer: AdamW (lr 0.02,") for n in notes)
+
+
+def test_a_training_whose_files_cannot_be_written_is_still_shown(run, place):
+    (place / "kept" / "report.html").mkdir(parents=True)
+    result = _check(run("train model.py:build --data data.npz --epochs 1 --out kept"), code=2)
+    assert "test accuracy" in result.stdout
+    assert "kept/report.html" in result.stderr
+    assert ".tmp" not in result.stderr

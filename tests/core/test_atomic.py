@@ -156,3 +156,16 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     assert atomic.sha256_file(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_errors_name_the_target_and_no_temporary_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        atomic.write_bytes(tmp_path / "folder", b"x")
+    assert caught.value.filename == str(tmp_path / "folder")
+    with pytest.raises(OSError, match="No space") as caught, atomic.atomic_dir(tmp_path / "made"):
+        raise OSError(28, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "made")
+    with pytest.raises(FileNotFoundError) as caught, atomic.atomic_path(tmp_path / "a"):
+        (tmp_path / "another").read_text()
+    assert caught.value.filename == str(tmp_path / "another"), "another file's trouble stays its own"

@@ -66,3 +66,11 @@ def test_a_report_without_figures_needs_no_matplotlib(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.html")], check=True)
     assert "cores" in (tmp_path / "r.html").read_text()
+
+
+def test_a_wide_table_scrolls_by_itself():
+    report = Report("r", facts={"CPU": "X9"})
+    report.add("size", 1)
+    text = page(report)
+    assert ".wide{overflow-x:auto}" in text
+    assert text.count("<table>") == text.count('<div class="wide"><table>') == text.count("</table></div>") == 2

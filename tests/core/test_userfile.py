@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from deepseek_r1.core import ConfigError, InputError
-from deepseek_r1.core.userfile import load_attribute, load_file
+from deepseek_r1.core.userfile import load_attribute, load_file, place, told
 
 pytestmark = pytest.mark.tiny
 
@@ -57,3 +57,33 @@ def test_an_unknown_name_gets_the_nearest(tmp_path):
     (tmp_path / "m.py").write_text("def build(): ...")
     with pytest.raises(InputError, match=r"Did you mean .*m\.py:build\?"):
         load_attribute(f"{tmp_path}/m.py:biuld", example="m.py:build")
+
+
+@pytest.mark.parametrize("call", ["sys.exit(3)", "sys.exit('no')", "exit()", "raise SystemExit"])
+def test_a_file_that_leaves_python_is_an_error(tmp_path, call):
+    (tmp_path / "bad.py").write_text(f"import sys\n{call}\n")
+    with pytest.raises(InputError, match=r"bad\.py could not be run: SystemExit in line 2"):
+        load_file(tmp_path / "bad.py")
+
+
+def _error(function):
+    try:
+        function()
+    except BaseException as e:
+        return e
+    raise AssertionError("no error")
+
+
+def test_an_error_is_placed_in_the_users_own_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "beside_placed.py").write_text("import json\n\ndef read():\n    return json.loads('{')\n")
+    (tmp_path / "placed.py").write_text(
+        "import sys, beside_placed\ngo = beside_placed.read\nend = lambda: sys.exit(4)\n"
+    )
+    module = load_file(tmp_path / "placed.py")
+    error = _error(module.go)
+    assert place(error) == "beside_placed.py, line 4 (return json.loads('{'))", "not a line of the standard library"
+    assert told(error).startswith("beside_placed.py, line 4 (return json.loads('{')): JSONDecodeError: Expecting")
+    assert "\n" not in told(ValueError("two\nlines"))
+    assert told(_error(module.end)).endswith("sys.exit was called: 4")
+    assert place(_error(lambda: load_file("absent.py"))) == "", "our own lines are not the user's"

@@ -9,8 +9,8 @@ from torch import nn
 
 from deepseek_r1.core import Budget, CaptureError, CheckFailedError, ConfigError, InputError, PluginError
 from deepseek_r1.engines import ENGINES, Executable, _race, optimize
+from deepseek_r1.engines._accuracy import judge
 from deepseek_r1.engines._eager import EagerEngine
-from deepseek_r1.engines._race import task_metric
 from deepseek_r1.graph import Program, capture
 from deepseek_r1.measure import paired_latency
 from deepseek_r1.models import DigitsNet
@@ -146,7 +146,7 @@ def test_a_rival_that_fails_in_the_middle_of_the_race(net, rival):
 def test_a_slow_rival_does_not_win(net, rival):
     fast = optimize(net, example_inputs=X, engines=[rival(slow=0.003)])
     assert fast.engine == "eager"
-    assert reasons(fast)["rival fp32"] == "not surely faster than eager"
+    assert reasons(fast)["rival fp32"].startswith("not surely faster than eager")
     assert "latency, rival fp32" in fast.report
 
 
@@ -342,7 +342,7 @@ def test_int8_that_loses_accuracy_is_refused(int8, rival):
     fast = optimize(int8, dataset=labelled(int8.parent), engines=[name])
     assert fast.precision == "fp32"
     assert reasons(fast)["rival int8"].startswith("loses ")
-    assert "of accuracy, allowed 0.0050" in reasons(fast)["rival int8"]
+    assert "allowed 0.0050" in reasons(fast)["rival int8"]
 
 
 def test_a_metric_that_is_no_number_is_a_loss(int8, rival):
@@ -370,13 +370,43 @@ def test_a_single_number_is_judged_by_its_value(rival):
     assert "explained variance" in fast.report["accuracy, honest int8"].how
 
 
-def test_the_metric_by_kind_of_labels():
+def test_the_first_output_is_judged_by_the_kind_of_labels():
     logits = torch.tensor([[0.0, 1], [1, 0], [0, 1]])
     y = torch.tensor([1, 1, 1])
-    assert task_metric([logits], [logits], [y]) == (pytest.approx(2 / 3), "accuracy on 3 labels")
-    score, how = task_metric([logits], [logits.flip(0) * 2], [None])
-    assert (score, how) == (1.0, "agreement with the float model on 3 rows")
-    assert task_metric([logits], [logits[:, [1, 0]]], [y.float()])[0] == 0.0
+    (score,) = judge([[logits]], [[logits]], [y])
+    assert (score.value, score.how) == (pytest.approx(2 / 3), "accuracy on 3 labels")
+    (score,) = judge([[logits]], [[logits.flip(0) * 2]], [None])
+    assert (score.value, score.how) == (1.0, "agreement with the float model on 3 rows")
+    # Quantities are judged by their worst column, whatever their largest entry is.
+    values = torch.randn(50, 3)
+    wrong = values.clone()
+    wrong[:, 2] += 3
+    (score,) = judge([[wrong]], [[values]], [torch.randn(50, 3)])
+    assert score.value < 0
+    assert "worst of 3 column(s)" in score.how
+    assert judge([[values]], [[values]], [torch.randn(50, 3)])[0].value == 1.0
+    # Maps of classes without labels are no rows of scores.
+    maps = torch.randn(2, 3, 4, 4)
+    assert "explained variance" in judge([[maps]], [[maps]], [None])[0].how
+
+
+def test_every_output_is_judged():
+    logits, value = torch.randn(40, 5), torch.randn(40, 1)
+    labels = logits.argmax(1)
+    first, second = judge([[logits, value + 1]], [[logits, value]], [labels])
+    assert first.value == 1.0
+    assert second.value < 0.5
+    constant = torch.full((40, 1), 2.0)
+    assert judge([[constant]], [[constant]], [None])[0].value == 1.0
+    assert judge([[constant * 1.5]], [[constant]], [None])[0].value < 0.8
+
+
+def test_the_plain_module_is_what_a_rival_must_beat(rival):
+    """Not the captured graph, which costs more to call: for a tiny layer nothing is faster than the layer itself."""
+    net = torch.nn.Linear(4, 2).eval()
+    fast = optimize(net, example_inputs=torch.randn(1, 4), engines=["eager", "onnxruntime"])
+    assert fast.engine == "eager"
+    assert fast._module is net
 
 
 def test_budgets_that_cannot_be_met_fail_with_all_measurements(int8, net, rival):

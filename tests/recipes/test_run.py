@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepseek_r1.core import InputError, PluginError, Report
+from deepseek_r1.core import CheckFailedError, InputError, PluginError, Report
 from deepseek_r1.recipes import RECIPES, run_recipe
 
 pytestmark = pytest.mark.tiny
@@ -63,3 +63,53 @@ def test_paths_that_cannot_be(tmp_path):
     path = _recipe(tmp_path, "def main(*, out, seed=0): ...")
     with pytest.raises(InputError, match="is a file"):
         run_recipe(path, out=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("def main():", r"has main\(\): .*; write: def main\(\*, out, seed=0\) -> Report"),
+        ("def main(out):", "unexpected keyword argument 'seed'"),
+        ("def main(*, out, seed, more):", "missing a required argument: 'more'"),
+    ],
+)
+def test_a_main_with_other_arguments_is_known_before_anything_runs(tmp_path, monkeypatch, head, message):
+    monkeypatch.chdir(tmp_path)
+    path = _recipe(tmp_path, f"{head}\n    open('ran', 'w')\n")
+    with pytest.raises(InputError, match=message):
+        run_recipe(path)
+    assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["mine.py"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{}['x']", r"mine\.py, line 3 .*: KeyError: 'x'"),
+        ("out.nothing", r"mine\.py, line 3 .*: AttributeError: .*has no attribute 'nothing'"),
+        ("raise SystemExit(3)", r"mine\.py, line 3 .*: sys\.exit was called: 3"),
+        ("open('/absent/file')", r"mine\.py, line 3 .*: FileNotFoundError"),
+    ],
+)
+def test_a_recipe_that_fails_is_named_with_its_line(tmp_path, line, message):
+    path = _recipe(tmp_path, f"def main(*, out, seed=0):\n    {line}\n")
+    with pytest.raises(InputError, match=message):
+        run_recipe(path, out=tmp_path / "o")
+
+
+def test_our_own_errors_and_installed_recipes_bugs_pass_through(tmp_path):
+    body = "from deepseek_r1.core import CheckFailedError\ndef main(*, out, seed=0): raise CheckFailedError('0.5')"
+    with pytest.raises(CheckFailedError, match=r"^0\.5$"):
+        run_recipe(_recipe(tmp_path, body), out=tmp_path / "o")
+    RECIPES.register("buggy", lambda *, out, seed=0: {}["x"])
+    try:
+        with pytest.raises(KeyError):
+            run_recipe("buggy", out=tmp_path / "o")
+    finally:
+        RECIPES.unregister("buggy")
+
+
+def test_a_report_that_cannot_be_kept_comes_with_the_error(tmp_path):
+    path = _recipe(tmp_path, "def main(*, out, seed=0):\n    (out / 'report.html').mkdir()\n    return Report('mine')")
+    with pytest.raises(OSError, match=r"report\.html'$") as caught:
+        run_recipe(path, out=tmp_path / "o")
+    assert caught.value.report.title == "mine"

@@ -6,11 +6,13 @@ import os
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
+from deepseek_r1 import deploy
 from deepseek_r1.core import ArtifactError, InputError, Manifest, PluginError, Report, TensorSpec, write_artifact
 from deepseek_r1.runtime import RUNTIMES, check_steps, load, preprocess
 
@@ -69,8 +71,9 @@ def test_several_outputs_are_a_tuple(tmp_path):
         ((A, A, A), {}, "given 3 by position"),
         ((A, A), {"z": A}, "given 2 by position and .'z'. by name"),
         ((A,), {"w": A}, "given 1 by position and .'w'. by name"),
-        ((A[:, :2], A[:, :2]), {}, "the model takes"),
-        ((A[0], A[0]), {}, "the model takes"),
+        ((A[:, :2], A[:, :2]), {}, r"input 'x' has shape \['batch', 3\]; given \[2, 2\]"),
+        ((A[0], A[0]), {}, r"has shape \['batch', 3\]; given \[3\]"),
+        ((A, A[:1]), {}, r"input 'z' has shape .* with {'batch': 2} from another input; given \[1, 3\]"),
         (("text", A), {}, "input 'x'"),
         (([[1, 2, 3], [4]], A), {}, "input 'x'"),
     ],
@@ -218,3 +221,30 @@ def test_steps_can_be_checked_without_data():
     check_steps(STEPS)
     with pytest.raises(InputError, match="known steps"):
         check_steps([*STEPS, {"op": "crop"}])
+
+
+def test_an_empty_batch_never_reaches_the_kernels(tmp_path):
+    """ONNX Runtime ends the whole process for an LSTM on no rows."""
+
+    class Last(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = torch.nn.LSTM(4, 5, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lstm(x)[0][:, -1]
+
+    deploy.export(Last().eval(), tmp_path / "lstm", example_inputs=torch.randn(2, 3, 4))
+    predictor = load(tmp_path / "lstm")
+    assert predictor(np.zeros((0, 3, 4), dtype=np.float32)).shape == (0, 5)
+    with pytest.raises(InputError, match="has shape"):
+        predictor(np.zeros((2, 0, 4), dtype=np.float32))
+
+
+def test_an_artifact_says_which_sizes_the_model_fixed(tmp_path):
+    report = deploy.export(torch.nn.GRU(4, 5).eval(), tmp_path / "gru", example_inputs=torch.randn(2, 3, 4))
+    assert "fixes dimension 0" in dict(report.skipped)["GRU: dynamic batch"]
+    predictor = load(tmp_path / "gru")
+    assert predictor.manifest.inputs[0].shape == (2, 3, 4)
+    with pytest.raises(InputError, match=r"has shape \[2, 3, 4\]; given \[7, 3, 4\]"):
+        predictor(np.zeros((7, 3, 4), dtype=np.float32))

@@ -345,3 +345,54 @@ def test_compile_true_goes_through_torch_compile(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: lambda *a, **k: calls.append(1) or model(*a, **k))
     Trainer(net(), *loaders(), config=TrainingConfig(device="cpu", compile=True)).train(epochs=1)
     assert len(calls) == 4, "training steps only"
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_batch_norm_with_one_sample_is_an_error_that_says_what_to_do(size):
+    loader = DataLoader(task(2 * size + 1), batch_size=2) if size > 1 else DataLoader(task(4), batch_size=1)
+    trainer = Trainer(net(), loader, config=CPU)
+    with pytest.raises(InputError, match=r"batch of one sample.*drop_last=True.*larger batch"):
+        trainer.train(epochs=1)
+    assert trainer.step == (0 if size == 1 else 3), "the step of one sample alone"
+
+
+def test_a_models_own_value_error_stays_what_it_is():
+    class Picky(nn.Linear):
+        def forward(self, x):
+            raise ValueError("not these")
+
+    with pytest.raises(ValueError, match=r"^not these$") as caught:
+        Trainer(Picky(4, 2), loaders()[0], config=CPU).train(epochs=1)
+    assert not isinstance(caught.value, InputError)
+
+
+@pytest.mark.parametrize("loader", [5, None, task])
+def test_a_loader_that_cannot_be_read_is_refused_at_once(loader):
+    with pytest.raises(InputError, match=r"Trainer\(train_loader=.*a DataLoader, or another iterable"):
+        Trainer(net(), loader)
+    if loader is not None:
+        with pytest.raises(InputError, match=r"Trainer\(val_loader="):
+            Trainer(net(), [], loader)
+
+
+def test_a_resumed_run_says_what_was_given_in_vain(tmp_path):
+    def make(lr, batch):
+        config = TrainingConfig(device="cpu", precision="fp32", save_dir=tmp_path)
+        return Trainer(nn.Linear(4, 2), DataLoader(task(), batch_size=batch), lr=lr, config=config)
+
+    make(1e-2, 16).train(epochs=1)
+    for lr, batch, said in (
+        (1e-2, 16, ""),
+        (0.5, 16, "lr: 0.01 as the run began with, not 0.5"),
+        (1e-2, 8, "was 16, is 8"),
+    ):
+        trainer = make(lr, batch)
+        trainer.resume(tmp_path / "step-00000004")
+        notes = "\n".join(trainer.train(epochs=1).notes)
+        assert said in notes
+        assert ("lr: " in notes, "batch size (" in notes) == (lr != 1e-2, batch != 16)
+    trainer = make(1e-2, 16)
+    trainer.resume()
+    report = trainer.train(epochs=1)
+    assert [n for n in report.notes if n.startswith("no step was taken: the run has 1 epochs")]
+    assert not [n for n in report.notes if n.startswith("loss")]

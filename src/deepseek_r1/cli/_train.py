@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 
 from ..core import DeepSeekError, InputError, Report, atomic
+from ..core.userfile import place, told
 from ..graph import Program
 from ..train import Trainer, TrainingConfig
 from ._inputs import Opened, open_inputs
@@ -49,11 +51,17 @@ def train_model(
     trainer = Trainer(opened.model, loader, opened.part("val"), lr=lr, config=config)
     if resume:
         trainer.resume()
-    report = _train(trainer, epochs)
+    report = _train(trainer, epochs, kept, opened)
     _measure(trainer, opened, report)
+    with _keeping(report):
+        _write(trainer, opened, out, report, export)
+    return report
+
+
+def _write(trainer: Trainer, opened: Opened, out: Path, report: Report, export: bool) -> None:
     weights_file = out / "model.safetensors"
     # Clones: two names may share one tensor, which the format refuses.
-    state = {name: t.detach().cpu().clone().contiguous() for name, t in opened.model.state_dict().items()}
+    state = {name: t.detach().cpu().clone().contiguous() for name, t in trainer.model.state_dict().items()}
     atomic.write_bytes(weights_file, save(state))
     report.note(f"wrote {weights_file}; give it to the next command with --weights {weights_file}")
     if export:
@@ -62,22 +70,45 @@ def train_model(
         report.note(f"wrote {out / 'model.onnx'}")
     report.save(out / "report.json")
     report.save(out / "report.html")
-    return report
 
 
-def _train(trainer: Trainer, epochs: int) -> Report:
+@contextlib.contextmanager
+def _keeping(report: Report) -> Iterator[None]:
+    """An error after the training takes the training's report with it."""
+    try:
+        yield
+    except (DeepSeekError, OSError) as e:
+        if isinstance(found := getattr(e, "report", None), Report):
+            report.sections.append(found)
+        e.report = report  # type: ignore[union-attr]
+        raise
+
+
+def _train(trainer: Trainer, epochs: int, kept: Path, opened: Opened) -> Report:
     first = trainer.step
     try:
         return trainer.train(epochs)
     except DeepSeekError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as e:
-        if trainer.step > first:
-            raise
-        # The first step is where a model and data that do not fit meet.
-        raise InputError(f"the model cannot be trained on this data: {type(e).__name__}: {e}") from e
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt(f"{e} (On the command line: the same command with --resume.)") from None
+    except (Exception, SystemExit) as e:
+        # The first step is where a model and data that do not fit meet.
+        misfit = trainer.step == first and isinstance(e, RuntimeError | TypeError | ValueError | IndexError)
+        if not misfit and not place(e):
+            raise
+        what = f"the model failed after step {trainer.step}"
+        if misfit:
+            what = f"the model cannot be trained on this data{_shape(opened)}"
+        again = ""
+        if kept.is_dir() and any(kept.glob("step-*")):
+            again = f". Checkpoints are in {kept}: once this is mended, the same command with --resume goes on."
+        raise InputError(f"{what}: {told(e)}{again}") from e
+
+
+def _shape(opened: Opened) -> str:
+    shape = opened.data.input_shape if opened.data is not None else None
+    return "" if shape is None else f", whose samples have the shape {tuple(shape)}"
 
 
 def _measure(trainer: Trainer, opened: Opened, report: Report) -> None:

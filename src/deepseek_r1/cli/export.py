@@ -12,7 +12,7 @@ from ._frame import Html, Json, Seed, verb
 from ._options import BatchSize, Data, ImageSize, InputDtype, InputShape, Model, Weights
 
 
-@verb()
+@verb(endings=(".onnx", ""))
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="An .onnx file, or a folder for an artifact.")],

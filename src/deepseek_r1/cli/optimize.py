@@ -12,7 +12,7 @@ from ._frame import Html, Json, Seed, verb, with_sections
 from ._options import BatchSize, Data, ImageSize, InputDtype, InputShape, Model, Weights
 
 
-@verb(show=with_sections)
+@verb(with_sections, endings=(".onnx", ""))
 def optimize(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the artifact of the winner.")],
@@ -24,7 +24,7 @@ def optimize(
         float | None, typer.Option(help="Largest loss of accuracy; 0.005 is half a point.")
     ] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Longest median time of a call.")] = None,
-    size_mb: Annotated[float | None, typer.Option(help="Largest size of the files.")] = None,
+    size_mb: Annotated[float | None, typer.Option(help="Largest size of the weights.")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="Largest peak memory.")] = None,
     batch_size: BatchSize = 32,
     image_size: ImageSize = None,

@@ -12,7 +12,7 @@ from ._frame import Html, Json, Seed, verb, with_sections
 from ._options import BatchSize, ImageSize, Model, NeededData, Weights
 
 
-@verb(show=with_sections)
+@verb(with_sections, endings=(".dr1", ".onnx", ""))
 def quantize(
     model: Model,
     data: NeededData,

@@ -20,6 +20,7 @@ h1{font-size:1.5rem;margin:0 0 .2rem} h2{font-size:1.1rem;margin:2rem 0 .6rem}
 .meta{color:#57606a;font-size:.9rem}
 table{border-collapse:collapse;width:100%} th,td{padding:.4rem .6rem;border-bottom:1px solid #d8dee4;text-align:left}
 th{background:#f6f8fa;font-weight:600} td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.wide{overflow-x:auto}
 td.how{color:#57606a;font-size:.9rem}
 .pass{color:#116329;font-weight:600} .fail{color:#a40e26;font-weight:700}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:1.2rem}
@@ -68,7 +69,7 @@ def _content(report: Report, known: Mapping[str, Any] | None = None) -> list[str
     facts = {k: v for k, v in report.facts.items() if known is None or known.get(k) != v}
     if facts:
         items = "".join(f"<tr><td>{_e(k)}</td><td>{_e(_fact(v))}</td></tr>" for k, v in facts.items())
-        body += ["<h2>Where it ran</h2>", f"<table>{items}</table>"]
+        body += ["<h2>Where it ran</h2>", _wide(f"<table>{items}</table>")]
     return body
 
 
@@ -101,7 +102,12 @@ def _rows(report: Report) -> str:
             f'<tr><td>{_e(row.metric)}</td>{before}<td class="n">{_e(format_value(row.after))}</td>'
             f'<td>{_e(row.unit)}</td><td class="how">{_e(row.how)}</td></tr>'
         )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return _wide(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")
+
+
+def _wide(table: str) -> str:
+    # In a narrow window the table scrolls and the page does not.
+    return f'<div class="wide">{table}</div>'
 
 
 def _figure(plot: Plot) -> str:

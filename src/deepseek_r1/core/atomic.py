@@ -31,6 +31,18 @@ def _fsync_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Errors of the file system name the target: nobody has heard of the temporary name beside it."""
+    try:
+        yield
+    except OSError as e:
+        about_us = e.filename is None or f".{target.name}." in str(e.filename)
+        if e.errno is None or not about_us:
+            raise
+        raise OSError(e.errno, e.strerror, str(target)) from e
+
+
+@contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path to write to; on success it becomes `path`, on any error it is removed.
 
@@ -45,19 +57,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(fd)
-    tmp = Path(name)
-    try:
-        yield tmp
-        _fsync_file(tmp)
-        umask = os.umask(0)
-        os.umask(umask)
-        tmp.chmod(0o666 & ~umask)
-        os.replace(tmp, target)
-        _fsync_dir(target.parent)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with _naming(target):
+        fd, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(fd)
+        tmp = Path(name)
+        try:
+            yield tmp
+            _fsync_file(tmp)
+            umask = os.umask(0)
+            os.umask(umask)
+            tmp.chmod(0o666 & ~umask)
+            os.replace(tmp, target)
+            _fsync_dir(target.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -86,6 +99,12 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise FileExistsError(f"{target} is a file; give the path of a directory, or remove the file first.")
     target.parent.mkdir(parents=True, exist_ok=True)
     recover_dir(target)
+    with _naming(target), _filled_dir(target) as tmp:
+        yield tmp
+
+
+@contextlib.contextmanager
+def _filled_dir(target: Path) -> Iterator[Path]:
     tmp = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     old = target.parent / f".{target.name}.old"
     try:

@@ -14,7 +14,7 @@ class Budget:
 
     Attributes:
         latency_ms: longest allowed median latency of one call, in milliseconds.
-        size_mb: largest allowed size of the files, in megabytes (10**6 bytes).
+        size_mb: largest allowed size of the weights, in megabytes (10**6 bytes).
         memory_gb: largest allowed peak memory, in gigabytes (10**9 bytes).
         accuracy_drop: largest allowed loss of the task metric against the float model, in the metric's own
             unit (0.005 is half a percentage point of accuracy).

@@ -10,12 +10,18 @@ import hashlib
 import importlib.util
 import os
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .errors import DeepSeekError, InputError
+
+#: Modules of users' files have names that begin so.
+_PREFIX = "_dr1_"
+_PACKAGE = Path(__file__).resolve().parents[1]
+_STDLIB = Path(sysconfig.get_paths()["stdlib"]).resolve()
 
 
 def load_file(path: str | os.PathLike[str]) -> ModuleType:
@@ -28,7 +34,7 @@ def load_file(path: str | os.PathLike[str]) -> ModuleType:
     if not file.is_file():
         raise InputError(f"{file} does not exist; give the path of a Python file.")
     # A name made of the whole path: two users' `model.py` must not overwrite each other in sys.modules.
-    name = f"_dr1_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
+    name = f"{_PREFIX}{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise InputError(f"{file} is no Python file; its name must end in .py.")
@@ -42,7 +48,7 @@ def load_file(path: str | os.PathLike[str]) -> ModuleType:
     except DeepSeekError:
         sys.modules.pop(name, None)
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         sys.modules.pop(name, None)
         raise InputError(f"{file} could not be run: {type(e).__name__}{_line(e, file)}: {e}") from e
     return module
@@ -69,7 +75,44 @@ def load_attribute(spec: str, *, example: str) -> Any:
     return getattr(module, name)
 
 
-def _line(error: Exception, file: Path) -> str:
+def place(error: BaseException) -> str:
+    """The last line of the user's own code that led to an error, as "file.py, line 3 (return self.x)"; or "".
+
+    The user's own code is what `load_file` ran and what lies in the same folder, save installed packages.
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename).resolve()
+        if not frame.filename.startswith("<") and _is_own(file):
+            code = f" ({frame.line})" if frame.line else ""
+            return f"{_short(file)}, line {frame.lineno}{code}"
+    return ""
+
+
+def told(error: BaseException) -> str:
+    """An error's kind and message on one line, with the place in the user's code where there is one.
+
+    Example:
+        >>> told(KeyError("x"))
+        "KeyError: 'x'"
+    """
+    kind = "sys.exit was called" if isinstance(error, SystemExit) else type(error).__name__
+    text = " ".join(str(error).split())
+    return ": ".join(part for part in (place(error), kind, text) if part)
+
+
+def _is_own(file: Path) -> bool:
+    if "site-packages" in file.parts or file.is_relative_to(_PACKAGE) or file.is_relative_to(_STDLIB):
+        return False
+    folders = {Path(str(m.__file__)).resolve().parent for n, m in list(sys.modules.items()) if n.startswith(_PREFIX)}
+    return any(file.is_relative_to(folder) for folder in folders)
+
+
+def _short(file: Path) -> str:
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
+
+
+def _line(error: BaseException, file: Path) -> str:
     if isinstance(error, SyntaxError):
         return f" in line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)

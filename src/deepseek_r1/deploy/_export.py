@@ -82,6 +82,8 @@ def export(
     report = Report(f"export {job.name} to {chosen}")
     report.facts.update(probe().facts())
     report.facts["versions"] = ", ".join(f"{k} {v}" for k, v in versions().items())
+    for what, why in program.report.skipped:
+        report.skip(f"{program.name}: {what}", why)
     writer.write(job, report)
     return report
 

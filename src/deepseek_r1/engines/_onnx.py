@@ -46,7 +46,7 @@ def to_onnx(program: Program) -> onnx.ModelProto:
         model: onnx.ModelProto = exported.model_proto
     except Exception as e:  # the exporter has a class of its own for each stage
         raise UnsupportedOpError(f"{program.name!r} has no ONNX form: {_reason(e)}") from e
-    _tidy(model)
+    _tidy(model, program)
     retarget(model)
     return model
 
@@ -59,7 +59,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:300]}"
 
 
-def _tidy(model: onnx.ModelProto) -> None:
+def _tidy(model: onnx.ModelProto, program: Program) -> None:
     """Take out stack traces (they carry the user's paths) and call the first dynamic dimension `batch`."""
     del model.graph.value_info[:]
     del model.metadata_props[:]
@@ -68,6 +68,12 @@ def _tidy(model: onnx.ModelProto) -> None:
         del part.metadata_props[:]
         if isinstance(part, onnx.NodeProto):
             part.doc_string = ""
+    # The exporter calls a size dynamic that the model fixed while it was captured; the program knows better.
+    shapes = dict(zip(program.input_names(), program.input_shapes(), strict=True))
+    for value in model.graph.input:
+        for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+            if isinstance(size, int):
+                dim.dim_value = size
     names: dict[str, str] = {}
     for value in (*model.graph.input, *model.graph.output):
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):

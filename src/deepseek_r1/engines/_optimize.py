@@ -69,6 +69,11 @@ def optimize(
     for name in chosen:
         ENGINES.get(name)
     budget = budget or Budget()
+    if budget.accuracy_drop is not None and budget.accuracy_drop > 1:
+        raise ConfigError(
+            f"optimize(budget=Budget(accuracy_drop={budget.accuracy_drop!r})): accuracy lies between 0 and 1, so at "
+            "most 1 can be lost; 0.005 is half a percentage point."
+        )
     if method == "dynamic" and not isinstance(model, Program):
         report = Report(f"optimize {type(model).__name__}")
         report.note('eager PyTorch was kept, as method="dynamic" asks')
@@ -230,6 +235,6 @@ def _candidate(
         return outputs
 
     return Candidate(
-        name=name, run=finished, call=call, size_bytes=program.parameters_bytes, float32=program.precision == "fp32",
+        name=name, run=finished, call=call, size_bytes=program.parameters_bytes, float32=program.precision != "int8",
         measure_peak=lambda: _peak_memory(engine, program, inputs), tag=executable,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..core import Budget, InputError, Report, progress
-from ..measure import Latency, compare, paired_latency, ratio_interval
+from ..measure import ENOUGH_ROUNDS, QUIET_SPREAD, Latency, compare, paired_latency, ratio_interval
 from ._accuracy import judge
 from ._eager import on_one_thread
 from .base import Runner
@@ -27,8 +27,6 @@ ERROR_FLOOR = 2e-6
 DEFAULT_ACCURACY_DROP = 0.005
 
 _AGAIN, _ONE, _ONE_AGAIN = "eager again", "eager on one thread", "eager on one thread again"
-#: Beyond this the machine was too busy for a verdict that anybody else would confirm.
-_QUIET_SPREAD, _ENOUGH_ROUNDS = 1.25, 20
 
 Leaves = Sequence[Any]
 Run = Runner
@@ -42,7 +40,8 @@ class Candidate:
         run: flat inputs to flat outputs, for judging answers.
         call: what is timed: the object that the user would get, called on the probe.
         size_bytes: bytes of its weights.
-        float32: whether it must match the float64 reference; otherwise the task metric judges it.
+        float32: whether it must match the float64 reference about as well as the plain model does; otherwise, as a
+            lower precision than the model's own, it is judged by the task metric.
         problem: why it is out, empty while it is in.
         measure_peak: gives the peak memory of a fresh process that runs it, in bytes; called if a budget limits that.
     """
@@ -241,7 +240,7 @@ def _describe(
     )  # fmt: skip
     report.facts["noise of the race"] = f"eager against itself {noise[1]:.3f}x, 95 % {noise[0]:.3f} to {noise[2]:.3f}"
     rounds = len(timed[0].latency.seconds) if timed[0].latency else 0
-    if max(noise[2], 1 / noise[0]) > _QUIET_SPREAD or rounds < _ENOUGH_ROUNDS:
+    if max(noise[2], 1 / noise[0]) > QUIET_SPREAD or rounds < ENOUGH_ROUNDS:
         report.note(
             f"the machine was busy: {rounds} rounds, and eager against itself gave {noise[0]:.2f} to {noise[2]:.2f}; "
             "run again when it is quiet for numbers to quote"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -135,11 +136,15 @@ class Executable:
     def _run_module(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self._module
         assert module is not None, "only called where there is a module"
-        with torch.no_grad():
-            if not any(part.training for part in self._parts):
+        training = any(part.training for part in self._parts)
+        try:
+            with torch.no_grad(), evaluation(module) if training else contextlib.nullcontext():
                 return module(*args, **kwargs)
-            with evaluation(module):
-                return module(*args, **kwargs)
+        except Exception as e:
+            # Only a misfit of the inputs is the caller's; everything else is passed on as it is.
+            if self._program is not None and (misfit := self._program.misfit(args, kwargs)):
+                raise InputError(misfit) from e
+            raise
 
     def refresh(self) -> None:
         """Compile again from the weights as they are now."""

@@ -61,7 +61,9 @@ def capture(
             args, kwargs = _at_least_two(args, kwargs)
         spec = _spec(model, args, kwargs, dynamic_shapes)
         exported, fallback = _export(model, args, kwargs, spec, dynamic_shapes is None)
-    program = Program(exported=exported, example_inputs=(args, kwargs), name=title, report=report)
+    program = Program(
+        exported=exported, example_inputs=(args, kwargs), name=title, report=report, precision=precision_of(exported)
+    )
     fixed = _fixed(program, spec)
     if fixed and dynamic_shapes is not None:
         raise CaptureError(
@@ -74,6 +76,16 @@ def capture(
     for label, shape in zip(program.input_names(), program.input_shapes()):
         report.note(f"input {label}: {list(shape)}")
     return program
+
+
+_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def precision_of(exported: torch.export.ExportedProgram) -> str:
+    """The narrowest floating-point type among the weights, by name; "fp32" where there are none."""
+    found = [t.dtype for t in exported.state_dict.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    narrow = min(found, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
+    return _NAMES.get(narrow, "fp32")
 
 
 def as_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

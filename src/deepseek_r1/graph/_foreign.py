@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 
 from ..core import ArtifactError, UnsafeFileError
 from . import _checks, _compat
+from ._capture import precision_of
 from ._container import read_member
 from .program import Program
 
@@ -67,7 +68,7 @@ def load_pt2(path: str | os.PathLike[str]) -> Program:
         raise ArtifactError(
             f"{file} is damaged or was written by another torch: {type(e).__name__}: {str(e)[:300]}"
         ) from e
-    return Program(exported=exported, example_inputs=examples, name=file.stem)
+    return Program(exported=exported, example_inputs=examples, name=file.stem, precision=precision_of(exported))
 
 
 def _examples(value: Any, file: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from ._latency import Latency, paired_latency, ratio_interval
+from ._latency import ENOUGH_ROUNDS, QUIET_SPREAD, Latency, paired_latency, ratio_interval
 from ._memory import peak_memory_of
 from ._parity import Parity, compare, pool
 
-__all__ = ["Latency", "Parity", "compare", "paired_latency", "peak_memory_of", "pool", "ratio_interval"]
+__all__ = [
+    "ENOUGH_ROUNDS",
+    "QUIET_SPREAD",
+    "Latency",
+    "Parity",
+    "compare",
+    "paired_latency",
+    "peak_memory_of",
+    "pool",
+    "ratio_interval",
+]

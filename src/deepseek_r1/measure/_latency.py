@@ -13,6 +13,11 @@ from typing import Any
 
 import numpy as np
 
+#: Something that differs from itself by more than this factor was timed on a machine too busy for a verdict.
+QUIET_SPREAD = 1.25
+#: Fewer rounds than this are too few to quote.
+ENOUGH_ROUNDS = 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:

@@ -85,7 +85,8 @@ def quantize_static(program: Program, dataset: Iterable[Any], config: Int8Static
         InputError: the dataset is empty or does not fit, the program is quantised already, or nothing in it can be.
     """
     if program.precision != "fp32":
-        raise InputError(f"the program is {program.precision} already; give its float parent.")
+        way = "give its float parent" if program.precision == "int8" else "convert the model first: model.float()"
+        raise InputError(f"the program is {program.precision} already, and int8 starts from fp32; {way}.")
     batches = calibration_inputs(program, dataset, config.calibration_batches)
     # A snapshot: training the module further must not change half of a quantised program (its biases).
     parent = rewrite(simplify(program), own_weights)

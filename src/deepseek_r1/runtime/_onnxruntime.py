@@ -37,6 +37,11 @@ class OnnxSession:
         self.input_names = [i.name for i in self._session.get_inputs()]
         self.output_names = [o.name for o in self._session.get_outputs()]
         self._types = {i.name: i.type for i in self._session.get_inputs()}
+        # Which inputs and outputs have a batch of any size first.
+        self._batch = {
+            i.name: i.shape[0] for i in self._session.get_inputs() if i.shape and isinstance(i.shape[0], str)
+        }
+        self._batched = [bool(o.shape) and o.shape[0] in self._batch.values() for o in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """All outputs for named inputs.
@@ -44,9 +49,21 @@ class OnnxSession:
         Raises:
             InputError: wrong names, types or shapes.
         """
+        if any(v.size == 0 for v in feeds.values()):
+            return self._run_empty(feeds)
         try:
             outputs: list[Array] = self._session.run(self.output_names, dict(feeds))
         except Exception as e:  # as above
             given = {k: (v.dtype.name, v.shape) for k, v in feeds.items() if isinstance(v, np.ndarray)}
             raise InputError(f"the model takes {self._types}; given: {given}. ONNX Runtime says: {e}") from e
         return outputs
+
+    def _run_empty(self, feeds: Mapping[str, Array]) -> list[Array]:
+        # Some kernels give wrong shapes for an empty batch, and some (LSTM, as of 1.31) end the process. One row of
+        # zeros goes in instead, and comes out again.
+        full = {}
+        for name, value in feeds.items():
+            if name not in self._batch or value.shape[0] != 0 or 0 in value.shape[1:]:
+                raise InputError(f"input {name!r} of shape {value.shape} has no elements; only a batch may be empty.")
+            full[name] = np.zeros((1, *value.shape[1:]), dtype=value.dtype)
+        return [out[:0] if cut else out for out, cut in zip(self.run(full), self._batched, strict=True)]

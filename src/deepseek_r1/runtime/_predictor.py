@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,6 +49,7 @@ class Predictor:
         if missing:
             raise InputError(f"the model's input {missing[0]!r} is missing; it takes {names}.")
         arrays = {s.name: _array(feeds[s.name], s) for s in specs}
+        _check_shapes(arrays, specs)
         outputs = self._session.run(arrays)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -62,6 +63,19 @@ class Predictor:
         if self.manifest.labels is None:
             return scores
         return [self.manifest.labels[i] for i in np.argmax(scores, axis=-1).ravel()]
+
+
+def _check_shapes(arrays: Mapping[str, Array], specs: Iterable[TensorSpec]) -> None:
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        given = arrays[spec.name].shape
+        known = [
+            sizes.setdefault(want, size) if isinstance(want, str) else want for want, size in zip(spec.shape, given)
+        ]
+        if len(given) != len(spec.shape) or list(given) != known:
+            clash = {w: sizes[w] for w, size in zip(spec.shape, given) if isinstance(w, str) and sizes[w] != size}
+            note = f", with {clash} from another input" if clash else ""
+            raise InputError(f"input {spec.name!r} has shape {list(spec.shape)}{note}; given {list(given)}.")
 
 
 def _array(value: Any, spec: TensorSpec) -> Array:

@@ -108,6 +108,15 @@ def windows(iterator: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield window
 
 
+def check_loader(loader: Any, name: str) -> None:
+    """Raise InputError unless `loader` can be read batch by batch. Reads nothing."""
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise InputError(
+            f"Trainer({name}={loader!r}): a DataLoader, or another iterable of batches, is needed; "
+            f"{type(loader).__name__} cannot be iterated over."
+        )
+
+
 def steps_in_epoch(loader: Any, size: int) -> int | None:
     """Windows of `size` batches in one pass, or None if the loader has no length.
 

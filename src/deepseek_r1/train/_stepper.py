@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core import ConfigError, NonFiniteLossError
+from ..core import ConfigError, InputError, NonFiniteLossError
 from ..data._batch import batch_size, unpack_batch
 from ._checkpoint import advice
 from ._config import TrainingConfig
@@ -19,6 +19,9 @@ from ._objective import Objective
 from ._optim import lr_factor
 from ._progress import Progress
 from ._step import make_scaler, train_step
+
+#: In the message of torch's own error for a batch norm with one value a channel.
+_ONE_SAMPLE = "Expected more than 1 value per channel when training"
 
 
 class Stepper:
@@ -55,6 +58,7 @@ class Stepper:
 
         Raises:
             NonFiniteLossError: this step or (on a GPU) the one before is not finite.
+            InputError: a batch of one sample met a batch norm, or the batch is no batch.
         """
         began = time.perf_counter()
         c, progress = self._config, self.progress
@@ -62,11 +66,20 @@ class Stepper:
             factor = lr_factor(progress.step - progress.first_step, total, c.schedule, c.warmup)
             for group, base in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
                 group["lr"] = base * factor
-        result = train_step(
-            self._forward, window, self._optimizer, self._objective, device=self._device, precision=c.precision,
-            micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm, scaler=self.scaler,
-            before_update=self.settle,
-        )  # fmt: skip
+        try:
+            result = train_step(
+                self._forward, window, self._optimizer, self._objective, device=self._device, precision=c.precision,
+                micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm, scaler=self.scaler,
+                before_update=self.settle,
+            )  # fmt: skip
+        except ValueError as e:
+            if _ONE_SAMPLE not in str(e):
+                raise
+            raise InputError(
+                f"step {progress.step + 1}: a batch norm was given a batch of one sample, of which no variance can be "
+                "taken. Use drop_last=True in the loader, or a larger batch (and micro-batch), so that no batch has "
+                "one sample."
+            ) from e
         if isinstance(result.bad, Tensor):
             if self._verdict is None:
                 self._verdict = torch.empty((), pin_memory=True), torch.cuda.Event()

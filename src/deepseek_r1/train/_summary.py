@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core import Report, probe
+
+#: Fields of the configuration that change no number of a run, so that a resumed run may differ in them.
+_HARMLESS = {"save_dir", "save_every_steps", "save_every_epochs", "keep_last", "log_every"}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], batch_before: int | None, batch: int | None) -> str:
+    """What a resumed run has otherwise than the run had, as the end of a note.
+
+    Args:
+        before, now: the configurations.
+        batch_before, batch: the loaders' batch sizes; None where it is not known.
+
+    Example:
+        >>> differences({"seed": 0}, {"seed": 0}, 32, 16)
+        "; changed since, so not an exact continuation: the loader's batch size (was 32, is 16)"
+    """
+    changed = [k for k, v in before.items() if k not in _HARMLESS and now.get(k) != v]
+    if batch_before is not None and batch_before != batch:
+        changed.append(f"the loader's batch size (was {batch_before}, is {batch})")
+    return f"; changed since, so not an exact continuation: {', '.join(changed)}" if changed else ""
 
 
 def best_entry(history: Sequence[dict[str, Any]], metric: str, mode: str) -> dict[str, Any] | None:

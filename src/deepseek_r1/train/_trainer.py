@@ -21,7 +21,7 @@ from ..core import ConfigError, InputError, Report, progress
 from . import _checkpoint as disk
 from ._callbacks import Callback, EarlyStopping, call, check_callbacks, overriding
 from ._config import TrainingConfig, resolve
-from ._epoch import Place, batches, empty_loader, epoch_start, steps_in_epoch, windows
+from ._epoch import Place, batches, check_loader, empty_loader, epoch_start, steps_in_epoch, windows
 from ._evaluate import evaluate, example_inputs, mode, predict
 from ._interrupt import Interrupts
 from ._objective import LossFunction, Objective
@@ -38,10 +38,7 @@ from ._rng import (
     set_rng_state,
 )
 from ._stepper import Stepper, too_large
-from ._summary import summarise
-
-#: Fields of the configuration that change no number of a run, so that a resumed run may differ in them.
-_HARMLESS = {"save_dir", "save_every_steps", "save_every_epochs", "keep_last", "log_every"}
+from ._summary import differences, summarise
 
 
 class Trainer:
@@ -95,6 +92,9 @@ class Trainer:
         self.config, self._reasons = resolve(given, model)
         self.device = torch.device(self.config.device)
         self.model = model.to(self.device)
+        check_loader(train_loader, "train_loader")
+        if val_loader is not None:
+            check_loader(val_loader, "val_loader")
         self.train_loader, self.val_loader = train_loader, val_loader
         self.metrics = metrics
         self.optimizer, self._reasons["optimizer"] = make_optimizer(model, lr, self.config, optimizer)
@@ -161,7 +161,7 @@ class Trainer:
         lr_factor(0, total, self.config.schedule, self.config.warmup)
         self._check_micro_batch()
         self._begin_run()
-        last_epoch = self._progress.first_epoch + epochs
+        last_epoch, first = self._progress.first_epoch + epochs, self.step
         with ExitStack() as stack:
             self._interrupts = stack.enter_context(Interrupts())
             stack.enter_context(mode(self.model, True))
@@ -182,7 +182,7 @@ class Trainer:
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.resumed = False
-        return self._report()
+        return self._report(self.step - first)
 
     def evaluate(self, loader: Iterable[Any] | None = None) -> dict[str, float]:
         """Mean loss and metrics on a loader (default: `val_loader`), in evaluation and inference mode.
@@ -292,6 +292,7 @@ class Trainer:
             "val_loader": None if self.val_loader is None else loader_state(self.val_loader),
             "callbacks": [{"class": type(c).__name__, "state": c.state_dict()} for c in self.callbacks],
             "config": asdict(self.config),
+            "batch_size": getattr(self.train_loader, "batch_size", None),
         }
 
     def _load(self, path: Path, model_state: dict[str, Any], state: dict[str, Any]) -> None:
@@ -302,7 +303,7 @@ class Trainer:
             raise InputError(f"{path} is of another model or optimizer: {e}") from e
         if self._stepper.scaler is not None and state["scaler"] is not None:
             self._stepper.scaler.load_state_dict(state["scaler"])
-        self._stepper.base_lrs = state["base_lrs"]
+        given, self._stepper.base_lrs = self._stepper.base_lrs, state["base_lrs"]
         self._stepper.progress = Progress.from_dict(state["progress"])
         self._place = Place(state["epoch_start"], self._progress.batch, state["rng"])
         if self.val_loader is not None and state["val_loader"] is not None:
@@ -313,11 +314,16 @@ class Trainer:
                 self.callbacks[i].load_state_dict(saved["state"])
             else:
                 self._skipped.append((f"state of callback {saved['class']}", "this Trainer has no such callback"))
-        self._reasons["resumed"] = f"from {path.name} (step {self.step})"
-        now = asdict(self.config)
-        changed = [k for k, v in state["config"].items() if k not in _HARMLESS and now.get(k) != v]
-        if changed:
-            self._reasons["resumed"] += f"; changed since, so not an exact continuation: {', '.join(changed)}"
+        self._reasons["resumed"] = f"from {path.name} (step {self.step})" + differences(
+            state["config"],
+            asdict(self.config),
+            state.get("batch_size"),
+            getattr(self.train_loader, "batch_size", None),
+        )
+        if given != self._stepper.base_lrs:
+            kept, asked = (f"{rates[0]:g}" for rates in (self._stepper.base_lrs, given))
+            self._reasons["optimizer"] = self._reasons["optimizer"].replace(f"lr {asked}", f"lr {kept}")
+            self._reasons["lr"] = f"{kept} as the run began with, not {asked} as given; for another begin a new run"
         self._stepper.forget()
         self._whole, self.resumed, self._saved_step = True, True, self.step
 
@@ -330,7 +336,8 @@ class Trainer:
             assert self._place is not None, "resume() sets the place"
             set_rng_state(self._place.rng, self.device)
         else:
-            self._reasons.pop("resumed", None)
+            for name in ("resumed", "lr"):
+                self._reasons.pop(name, None)
             self._place, self._epoch_start = None, None
             self._progress.begin_run()
             if self.config.seed is not None:
@@ -417,12 +424,15 @@ class Trainer:
             )
         return f"stopped in the middle of step {self.step + 1}. {disk.advice(self.config.save_dir)}"
 
-    def _report(self) -> Report:
+    def _report(self, taken: int) -> Report:
         state, c = self._progress, self.config
         state.read()
         loss = self._objective
         notes = [f"{name}: {reason}" for name, reason in self._reasons.items()]
-        notes.append(f"loss: {loss.name}" + (f", chosen for {loss.reason}" if loss.reason else ", as given"))
+        if loss.name:
+            notes.append(f"loss: {loss.name}" + (f", chosen for {loss.reason}" if loss.reason else ", as given"))
+        if not taken:
+            notes.append(f"no step was taken: the run has {state.epoch} epochs already; ask for more to go on")
         if state.stopped:
             notes.append(f"stopped early: {state.stopped}")
         return summarise(
