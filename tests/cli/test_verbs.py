@@ -336,7 +336,7 @@ def test_a_finished_run_resumed_says_so_and_what_was_given_in_vain(run, place):
     result = _check(run(f"{line} --lr 0.02 --resume --json -"))
     notes = json.loads(result.stdout)["notes"]
     assert not [n for n in notes if n.startswith("loss: ,")]
-    assert any(n.startswith("no step was taken: the run has 2 epochs already") for n in notes)
+    assert any(n.startswith("no step was taken: the run has its 2 epoch(s) already") for n in notes)
     assert not [n for n in notes if "changed since" in n or n.startswith("lr: ")]
     line = line.replace("--epochs 2", "--epochs 3")
     result = _check(run(f"{line} --lr 0.5 --batch-size 16 --resume --json -"))

@@ -394,5 +394,5 @@ def test_a_resumed_run_says_what_was_given_in_vain(tmp_path):
     trainer = make(1e-2, 16)
     trainer.resume()
     report = trainer.train(epochs=1)
-    assert [n for n in report.notes if n.startswith("no step was taken: the run has 1 epochs")]
+    assert [n for n in report.notes if n.startswith("no step was taken: the run has its 1 epoch")]
     assert not [n for n in report.notes if n.startswith("loss")]

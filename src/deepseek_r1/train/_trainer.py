@@ -432,7 +432,7 @@ class Trainer:
         if loss.name:
             notes.append(f"loss: {loss.name}" + (f", chosen for {loss.reason}" if loss.reason else ", as given"))
         if not taken:
-            notes.append(f"no step was taken: the run has {state.epoch} epochs already; ask for more to go on")
+            notes.append(f"no step was taken: the run has its {state.epoch} epoch(s) already; ask for more to go on")
         if state.stopped:
             notes.append(f"stopped early: {state.stopped}")
         return summarise(
