@@ -47,7 +47,7 @@ def load_factory(spec: str) -> torch.nn.Module:
         model = factory()
     except DeepSeekError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise InputError(f"{spec} failed: {_where(e, Path(path))}{type(e).__name__}: {e}") from e
     if isinstance(model, torch.nn.Module):
         return model
