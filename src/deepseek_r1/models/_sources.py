@@ -58,7 +58,7 @@ def _kind(value: Any) -> str:
     return f"class ({value.__name__})" if isinstance(value, type) else type(value).__name__
 
 
-def _where(error: Exception, file: Path) -> str:
+def _where(error: BaseException, file: Path) -> str:
     """The last line of the user's file that led to the error."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == file.resolve()]
     return f"line {frames[-1].lineno} ({frames[-1].line}): " if frames else ""
