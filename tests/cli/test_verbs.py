@@ -310,7 +310,7 @@ def factory_leaves():
         ),
         ("key", "the model failed after step 10: failing.py, line 15 (raise self.error): KeyError: 'late'", True),
         ("leaves", "line 15 (raise self.error): sys.exit was called: 3", True),
-        ("factory_leaves", "failing.py, line 28 (sys.exit(3)): sys.exit was called: 3", False),
+        ("factory_leaves", "failing.py:factory_leaves failed: line 28 (sys.exit(3)): SystemExit: 3", False),
     ],
 )
 def test_a_model_that_fails_is_one_line_with_its_place(run, place, factory, message, resume):
