@@ -56,7 +56,7 @@ def _edit(root: Path, change, *, sign: bool = True) -> None:
     data = json.loads(path.read_text())
     change(data)
     if sign:
-        data["digest"] = artifact._digest(data)
+        data["digest"] = artifact.digest(data)
     path.write_text(json.dumps(data))
 
 

@@ -165,7 +165,7 @@ def about(**fields):
     [
         ({"program__json": about(schema_version=99)}, "schema version 99; this release reads up to 1"),
         ({"program__json": about(schema_version="1")}, "schema version '1'"),
-        ({"program__json": about(kind="deepseek-r1 artifact")}, "is not a deepseek-r1 program"),
+        ({"program__json": about(kind="deepseek-r1 artifact")}, "does not describe a deepseek-r1 program"),
         ({"program__json": about(precision="int3")}, "misstates precision"),
         ({"program__json": about(aliases=3, tree=None)}, "misstates tree, aliases"),
         ({"program__json": about(aliases={"state:x": "state:y"})}, "damaged.*KeyError"),
@@ -173,7 +173,7 @@ def about(**fields):
         ({"program__json": about(report={"schema_version": 1, "rows": 3})}, "damaged"),
         ({"program__json": about(plain_leaves=[])}, "damaged"),
         ({"program__json": b"{"}, "program.json is damaged"),
-        ({"program__json": b"[]"}, "is not a deepseek-r1 program"),
+        ({"program__json": b"[]"}, "does not describe a deepseek-r1 program"),
         ({"program__json": None}, "is no Program file"),
         ({"graph__json": b"\xff"}, "the graph is damaged"),
         ({"graph__json": b"{}"}, "not one that torch.export wrote"),

@@ -147,7 +147,7 @@ def damage(path, how):
         manifest = json.loads(file.read_text())
         manifest.update(how[1])
         if "schema_version" in how[1]:
-            manifest["digest"] = disk._digest(manifest)
+            manifest["digest"] = disk.digest(manifest)
         file.write_text(json.dumps(manifest))
 
 

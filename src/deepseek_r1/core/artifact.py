@@ -10,8 +10,6 @@ an artifact is ever unpickled. The digest tells damage and careless edits; it is
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,6 +19,7 @@ from typing import Any
 
 from . import atomic
 from .errors import ArtifactError
+from .manifest_json import check_digest, digest, parse
 from .report import Report
 
 SCHEMA_VERSION = 1
@@ -132,11 +131,6 @@ class Artifact:
         return sum(f.stat().st_size for f in self.path.iterdir() if f.is_file())
 
 
-def _digest(data: Mapping[str, Any]) -> str:
-    kept = {k: v for k, v in data.items() if k != "digest"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
 def is_artifact(path: str | os.PathLike[str]) -> bool:
     """Whether `path` looks like an artifact (a directory with a manifest); says nothing about its health."""
     return (Path(path) / MANIFEST).is_file()
@@ -168,7 +162,7 @@ def write_artifact(path: str | os.PathLike[str], manifest: Manifest, files: Sequ
             if f.is_file()
         }
         data = {**manifest.to_dict(), "files": entries}
-        data["digest"] = _digest(data)
+        data["digest"] = digest(data)
         atomic.write_json(tmp / MANIFEST, data)
     return Artifact(path=target, manifest=manifest)
 
@@ -185,19 +179,9 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         raise ArtifactError(f"{root} does not exist; give the directory that an export wrote.")
     if not is_artifact(root):
         raise ArtifactError(f"{root} is no artifact: there is no {MANIFEST} in it.")
-    try:
-        data = json.loads((root / MANIFEST).read_text())
-    except ValueError as e:
-        raise ArtifactError(f"{root / MANIFEST} is damaged (no JSON: {e}); export the model again.") from e
-    if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise ArtifactError(f"{root / MANIFEST} does not describe a {KIND}.")
-    version = data.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{root} has schema version {version!r}; this release reads up to {SCHEMA_VERSION}. Update deepseek-r1."
-        )
-    if data.get("digest") != _digest(data):
-        raise ArtifactError(f"{root / MANIFEST} was altered after it was written (its digest does not match).")
+    where = str(root / MANIFEST)
+    data = parse((root / MANIFEST).read_text(), where, kind=KIND, schema_version=SCHEMA_VERSION)
+    check_digest(data, where)
     files = data.get("files")
     if not isinstance(files, dict) or not all(
         isinstance(e, dict) and {"bytes", "sha256"} <= {*e} for e in files.values()

@@ -23,6 +23,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch.export.graph_signature import ConstantArgument
 
 from ..core import PRECISIONS, ArtifactError, InputError, Report, atomic
+from ..core.manifest_json import parse
 from . import _checks, _compat
 from .program import Program
 
@@ -175,17 +176,7 @@ def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 def _about(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        about = json.loads(data)
-    except (ValueError, RecursionError) as e:
-        raise ArtifactError(f"{where}: program.json is damaged: {e}") from e
-    if not isinstance(about, dict) or about.get("kind") != KIND:
-        raise ArtifactError(f"{where} is not a {KIND}.")
-    version = about.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{where} has schema version {version!r}; this release reads up to {SCHEMA_VERSION}. Update deepseek-r1."
-        )
+    about = parse(data, f"{where}: program.json", kind=KIND, schema_version=SCHEMA_VERSION)
     wanted: dict[str, type] = {
         "torch": str, "name": str, "precision": str, "tree": str, "tensor_leaves": list, "plain_leaves": list,
         "aliases": dict, "parameters": dict, "report": dict,

@@ -12,7 +12,6 @@ Nothing is pickled. Knows nothing about what the state means.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import ArtifactError, ConfigError, DeepSeekError, InputError, atomic
+from ..core.manifest_json import check_digest, digest, parse
 
 SCHEMA_VERSION = 1
 KIND = "deepseek-r1 training checkpoint"
@@ -83,7 +83,7 @@ def write_checkpoint(path: Path, model: Mapping[str, Any], state: Mapping[str, A
                 "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
                 "files": files,
             }
-            atomic.write_json(tmp / MANIFEST, {**manifest, "digest": _digest(manifest)})
+            atomic.write_json(tmp / MANIFEST, {**manifest, "digest": digest(manifest)})
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {path}: {e}. Earlier checkpoints are unharmed; "
@@ -113,19 +113,9 @@ def verify(path: Path) -> None:
     atomic.recover_dir(path)
     if not (path / MANIFEST).is_file():
         raise ArtifactError(f"{path} is no checkpoint: there is no {MANIFEST} in it.")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except ValueError as e:
-        raise ArtifactError(f"{path / MANIFEST} is damaged (no JSON: {e}).") from e
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise ArtifactError(f"{path / MANIFEST} does not describe a {KIND}.")
-    version = manifest.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path} has schema version {version!r}; this release reads up to {SCHEMA_VERSION}. Update deepseek-r1."
-        )
-    if manifest.get("digest") != _digest(manifest):
-        raise ArtifactError(f"{path / MANIFEST} was altered after it was written (its digest does not match).")
+    where = str(path / MANIFEST)
+    manifest = parse((path / MANIFEST).read_text(), where, kind=KIND, schema_version=SCHEMA_VERSION)
+    check_digest(manifest, where)
     for name in (MODEL, TRAINING, STATE):
         file, entry = path / name, manifest["files"].get(name, {})
         if not file.is_file():
@@ -134,11 +124,6 @@ def verify(path: Path) -> None:
             raise ArtifactError(f"{file} is damaged: {file.stat().st_size:,} bytes instead of {entry.get('bytes')}.")
         if atomic.sha256_file(file) != entry.get("sha256"):
             raise ArtifactError(f"{file} was altered after it was written (its SHA-256 does not match).")
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    kept = {k: v for k, v in manifest.items() if k != "digest"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
