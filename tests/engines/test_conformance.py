@@ -18,9 +18,9 @@ class Third(EagerEngine):
     name = "third"
     portable = True
 
-    def compile(self, program):
-        module = program.module()
-        _, tree = pytree.tree_flatten(program.example_inputs)
+    def open(self, folder, program):
+        module = program().module()
+        _, tree = pytree.tree_flatten(program().example_inputs)
 
         def run(leaves):
             args, kwargs = pytree.tree_unflatten(list(leaves), tree)
@@ -65,8 +65,8 @@ def wrapped(change):
     class Bad(Third):
         name = "bad"
 
-        def compile(self, program):
-            return change(super().compile(program), program)
+        def open(self, folder, program):
+            return change(super().open(folder, program), program())
 
     return Bad
 

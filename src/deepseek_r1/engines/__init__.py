@@ -8,7 +8,7 @@ from __future__ import annotations
 from ._eager import on_one_thread
 from ._onnx import to_onnx
 from ._optimize import optimize
-from .base import ENGINES, Engine, Runner
+from .base import ENGINES, Engine, Runner, compile_program
 from .executable import Executable
 
-__all__ = ["ENGINES", "Engine", "Executable", "Runner", "on_one_thread", "optimize", "to_onnx"]
+__all__ = ["ENGINES", "Engine", "Executable", "Runner", "compile_program", "on_one_thread", "optimize", "to_onnx"]

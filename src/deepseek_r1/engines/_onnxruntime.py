@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..graph import Program
 from ..runtime import RUNTIMES
-from ._eager import EagerEngine
+from ._eager import eager_runner
 from ._onnx import to_onnx
-from .base import Runner
+from .base import Engine, Runner
+
+_MODEL, _INPUTS = "model.onnx", "inputs.json"
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Engine):
     """Exports to ONNX and runs that."""
 
     name = "onnxruntime"
@@ -34,21 +39,26 @@ class OnnxRuntimeEngine:
                 return "bfloat16 weights have no numpy type"
         return ""
 
-    def compile(self, program: Program) -> Runner:
-        """Export, open a session."""
+    def build(self, program: Program, folder: Path, precision: str) -> None:
+        """Export to ONNX."""
         model = to_onnx(program)
-        names = [i.name for i in model.graph.input]
         # The exporter drops inputs that no operator reads.
+        names = [i.name for i in model.graph.input]
         positions = [program.input_names().index(name) for name in names]
-        session = RUNTIMES.get("onnxruntime")(model.SerializeToString())
+        (folder / _INPUTS).write_text(json.dumps(dict(zip(names, positions))))
+        (folder / _MODEL).write_bytes(model.SerializeToString())
 
-        # ONNX Runtime gives wrong shapes for some reductions of an empty batch (ArgMax, as of 1.31).
-        of_nothing = EagerEngine().compile(program)
+    def open(self, folder: Path, program: Callable[[], Program]) -> Runner:
+        """Open a session."""
+        inputs: dict[str, int] = json.loads((folder / _INPUTS).read_text())
+        session = RUNTIMES.get("onnxruntime")(folder / _MODEL)
+        of_nothing = cache(lambda: eager_runner(program()))
 
         def run(leaves: Sequence[Any]) -> list[torch.Tensor]:
-            if not all(leaves[i].numel() for i in positions):
-                return of_nothing(leaves)
-            feeds = {name: leaves[i].detach().contiguous().numpy() for name, i in zip(names, positions)}
+            # ONNX Runtime gives wrong shapes for some reductions of an empty batch (ArgMax, as of 1.31).
+            if not all(leaves[i].numel() for i in inputs.values()):
+                return of_nothing()(leaves)
+            feeds = {name: leaves[i].detach().contiguous().numpy() for name, i in inputs.items()}
             return [torch.from_numpy(v) for v in session.run(feeds)]
 
         return run

@@ -15,8 +15,9 @@ from ..core import Budget, CheckFailedError, ConfigError, InputError, Report, pr
 from ..data import batch_size, unpack_batch
 from ..graph import Program, as_inputs, capture, float64_module, to_float64
 from ..measure import peak_memory_of
+from ._eager import eager_runner
 from ._race import Candidate, Task, race
-from .base import ENGINES
+from .base import ENGINES, compile_program
 from .executable import Executable
 
 #: Samples of the dataset after which no further batch is taken to judge a candidate's accuracy.
@@ -96,7 +97,7 @@ def optimize(
     if method == "dynamic":
         report = Report(f"optimize {program.name}")
         report.note('eager PyTorch was kept, as method="dynamic" asks')
-        return Executable(program, "eager", ENGINES.get("eager")().compile(program), report)
+        return Executable(program, "eager", eager_runner(program), report)
     return _race(program, chosen, budget, batches, (args, kwargs), None if isinstance(model, Program) else model)
 
 
@@ -182,10 +183,10 @@ _RUN_ONCE = """
 import sys
 import torch
 import torch.utils._pytree as pytree
-from deepseek_r1.engines import ENGINES
+from deepseek_r1.engines import ENGINES, compile_program
 from deepseek_r1.graph import Program
 program = Program.load(sys.argv[1])
-run = ENGINES.get(sys.argv[2])().compile(program)
+run = compile_program(ENGINES.get(sys.argv[2])(), program)
 with torch.no_grad():
     for _ in range(3):
         run(pytree.tree_leaves(program.example_inputs))
@@ -209,7 +210,7 @@ def _candidate(
         report.skip(name, reason)
         return None
     try:
-        run = plugin.compile(program)
+        run = compile_program(plugin, program)
     except Exception as e:  # a rival may fail in any way; it costs the rival only
         report.skip(name, f"compiling failed: {type(e).__name__}: {str(e)[:300]}")
         return None

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..core import ArtifactError, InputError, PluginError, Report, atomic
 from ..graph import Program, evaluation
-from .base import ENGINES, Runner
+from .base import ENGINES, Runner, compile_program
 
 SCHEMA_VERSION = 1
 _ABOUT = "executable.json"
@@ -148,7 +148,7 @@ class Executable:
 
     def refresh(self) -> None:
         """Compile again from the weights as they are now."""
-        self._runner = ENGINES.get(self._engine)().compile(self.program)
+        self._runner = compile_program(ENGINES.get(self._engine)(), self.program)
         self._state = self._versions()
         self.report.note("the weights were changed after compiling; compiled again")
 
@@ -188,7 +188,7 @@ class Executable:
         plugin = ENGINES.get(engine)()
         if reason := plugin.unavailable() or plugin.unsupported(program):
             raise PluginError(f"{root} was saved for the engine {engine!r}, which cannot run it here: {reason}")
-        runner = plugin.compile(program)
+        runner = compile_program(plugin, program)
         return cls(program, engine, runner, Report.load(root / "report.json"))
 
     def __repr__(self) -> str:
