@@ -7,10 +7,12 @@ from ._foreign import load_pt2
 from ._passes import PASSES, fold_batch_norm, simplify
 from .editing import rewrite
 from .program import Program, float64_module, to_float64
+from .signature import Signature
 
 __all__ = [
     "PASSES",
     "Program",
+    "Signature",
     "as_inputs",
     "capture",
     "evaluation",

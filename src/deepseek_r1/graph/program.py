@@ -7,8 +7,6 @@ import hashlib
 import inspect
 import math
 import os
-import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,11 +16,11 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ..core import InputError, Report
 from .quiet import quiet_torch
+from .signature import Signature, signature_of
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -72,7 +70,7 @@ class Program:
         Raises:
             InputError: the inputs do not fit the captured graph; the message gives both.
         """
-        if self._limits and (outside := self.outside(pytree.tree_leaves((args, kwargs)))):
+        if self.signature.limits and (outside := self.outside(pytree.tree_leaves((args, kwargs)))):
             raise InputError(self.misfit(args, kwargs) or outside)
         try:
             return self._module(*args, **kwargs)
@@ -82,89 +80,32 @@ class Program:
                 raise InputError(misfit) from e
             raise
 
+    @cached_property
+    def signature(self) -> Signature:
+        """What goes in and what comes out."""
+        return signature_of(self.exported, self.example_inputs, self.name)
+
     def misfit(self, args: Args, kwargs: Kwargs) -> str | None:
         """Why these inputs do not fit, or None if they do."""
-        leaves, tree = pytree.tree_flatten((args, kwargs))
-        expected, expected_tree = pytree.tree_flatten(self.example_inputs)
-        if tree != expected_tree:
-            return f"the program {self.name!r} was captured with inputs {expected_tree}; given {tree}."
-        for number, (given, spec) in enumerate(zip(leaves, self.input_shapes())):
-            if not isinstance(expected[number], torch.Tensor):
-                if type(given) is not type(expected[number]) or given != expected[number]:
-                    name, fixed = self.input_names()[number], expected[number]
-                    return (
-                        f"input {name!r} of {self.name!r} was captured as {fixed!r}, which is fixed; given {given!r}."
-                    )
-                continue
-            if not isinstance(given, torch.Tensor):
-                return f"input {number} of {self.name!r} must be a tensor, given {type(given).__name__}."
-            if given.dtype != expected[number].dtype:
-                return f"input {number} of {self.name!r} has dtype {expected[number].dtype}; given {given.dtype}."
-            fits = len(given.shape) == len(spec) and all(
-                isinstance(s, str) or s == n for s, n in zip(spec, given.shape)
-            )
-            if not fits:
-                return f"input {number} of {self.name!r} has shape {spec}; given {tuple(given.shape)}."
-        return self.outside(leaves) or None
-
-    @cached_property
-    def _limits(self) -> list[tuple[int, int, str, int, float]]:
-        """(input, axis, symbol, least, most) of each dynamic size that is bounded or shared with another input."""
-        shapes = self.input_shapes()
-        every = [(i, axis, d) for i, shape in enumerate(shapes) for axis, d in enumerate(shape) if isinstance(d, str)]
-        count = Counter(symbol for _, _, symbol in every)
-        ranges = {str(symbol): span for symbol, span in self.exported.range_constraints.items()}
-        found = []
-        for number, axis, symbol in every:
-            span = ranges.get(symbol)
-            # torch takes every size for at least 2 while it captures; only a larger bound comes from the model.
-            low = int(span.lower) if span is not None and span.lower > 2 else 0
-            high = int(span.upper) if span is not None and span.upper < sys.maxsize - 1 else math.inf
-            if low or high < math.inf or count[symbol] > 1:
-                found.append((number, axis, symbol, low, high))
-        return found
+        return self.signature.misfit(args, kwargs)
 
     def outside(self, leaves: Sequence[Any]) -> str:
-        """Why the sizes of flat inputs are not among those that the graph holds for; empty if they are.
-
-        The module may have taken another branch for them, so that the graph would answer wrongly without an error.
-        """
-        sizes: dict[str, int] = {}
-        for number, axis, symbol, low, high in self._limits:
-            shape = getattr(leaves[number], "shape", ()) if number < len(leaves) else ()
-            if axis >= len(shape):
-                return f"input {number} of {self.name!r} needs at least {axis + 1} dimensions; given {tuple(shape)}."
-            size = shape[axis]
-            if not low <= size <= high:
-                span = f"at least {low}" if high == math.inf else f"{low} to {high}"
-                return f"dimension {axis} of input {number} of {self.name!r} must be {span}; given {size}."
-            if sizes.setdefault(symbol, size) != size:
-                return f"the inputs of {self.name!r} must agree in the size {symbol}: {sizes[symbol]} against {size}."
-        return ""
-
-    def _user_inputs(self) -> list[Node]:
-        nodes = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
-        specs = self.exported.graph_signature.input_specs
-        return [n for n, spec in zip(nodes, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
+        """Why the sizes of flat inputs are not among those that the graph holds for; empty if they are."""
+        return self.signature.outside(leaves)
 
     def input_shapes(self) -> list[tuple[int | str, ...]]:
         """Shape of each flat input; a dynamic dimension is its symbol's name. Non-tensors give ()."""
-        shapes: list[tuple[int | str, ...]] = []
-        for node in self._user_inputs():
-            value = node.meta.get("val")
-            dims = value.shape if isinstance(value, torch.Tensor) else ()
-            shapes.append(tuple(int(str(d)) if str(d).isdigit() else str(d) for d in dims))
-        return shapes
+        return [leaf.shape for leaf in self.signature.leaves]
 
     def input_names(self) -> list[str]:
         """Names of the flat inputs, as the graph gives them."""
-        return [n.name for n in self._user_inputs()]
+        return [leaf.name for leaf in self.signature.leaves]
 
     def dynamic_shapes(self) -> Any:
         """The `dynamic_shapes` argument with which torch.export captures this graph again."""
         leaves, tree = pytree.tree_flatten(self.example_inputs)
         # A new capture sees the graph, not the module, so it must be told what the module's branches allow.
-        bounds = {(i, axis): (low, high) for i, axis, _, low, high in self._limits if low or high < math.inf}
+        bounds = {(i, axis): (low, high) for i, axis, _, low, high in self.signature.limits if low or high < math.inf}
         specs = [
             {axis: _dim(*bounds.get((i, axis), (0, math.inf))) for axis, d in enumerate(shape) if isinstance(d, str)}
             if isinstance(leaf, torch.Tensor)
