@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._latency import ENOUGH_ROUNDS, QUIET_SPREAD, Latency, paired_latency, ratio_interval
+from ._latency import ENOUGH_ROUNDS, QUIET_SPREAD, Latency, Turn, paired_latency, paired_turns, ratio_interval, turn_of
 from ._memory import peak_memory_of
 from ._parity import Parity, compare, pool
 
@@ -11,9 +11,12 @@ __all__ = [
     "QUIET_SPREAD",
     "Latency",
     "Parity",
+    "Turn",
     "compare",
     "paired_latency",
+    "paired_turns",
     "peak_memory_of",
     "pool",
     "ratio_interval",
+    "turn_of",
 ]
