@@ -217,9 +217,13 @@ def test_operators_written_in_python_are_raced_here():
 def test_the_slower_half_leaves_early(net, monkeypatch):
     monkeypatch.setattr(_race, "_FINALISTS", 1)
     rungs = []
-    monkeypatch.setattr(
-        _race, "paired_turns", lambda turns, **how: rungs.append(set(turns)) or paired_turns(turns, **how)
-    )
+
+    def turns(rivals, **how):
+        rungs.append(set(rivals))
+        slow = lambda turn: lambda settle, calls: turn(settle, calls) + 1.0  # noqa: E731
+        return paired_turns({n: t if n.startswith("good") else slow(t) for n, t in rivals.items()}, **how)
+
+    monkeypatch.setattr(_race, "paired_turns", turns)
     fast = optimize(net, example_inputs=X, engines=["good", "onnxruntime"], race=QUICK)
     assert fast.engine == "good"
     assert "times as slow as good fp32 in the first rounds" in reasons(fast)["onnxruntime fp32"]

@@ -5,6 +5,7 @@ An engine does not know where a Program came from.
 
 from __future__ import annotations
 
+from ._cache import ChoiceCache
 from ._config import RaceConfig
 from ._eager import on_one_thread
 from ._onnx import to_onnx
@@ -14,6 +15,7 @@ from .executable import Executable
 
 __all__ = [
     "ENGINES",
+    "ChoiceCache",
     "Engine",
     "Executable",
     "RaceConfig",

@@ -17,6 +17,7 @@ from ._config import RaceConfig
 from ._eager import eager_runner
 from ._race import Candidate, Task
 from ._race import race as run_race
+from ._remember import Memory, keep, memory_of, recall
 from ._starter import Starter
 from .base import ENGINES
 from .executable import Executable
@@ -64,6 +65,39 @@ def optimize(
         >>> torch.allclose(fast(torch.ones(2, 8)), net(torch.ones(2, 8)), atol=1e-5)
         True
     """
+    budget, config = budget or Budget(), race or RaceConfig()
+    chosen = _checked(model, method, engines, budget)
+    if method == "dynamic" and not isinstance(model, Program):
+        return Executable(None, "eager", None, _kept_eager(type(model).__name__), module=model)
+    batches = _batches(dataset)
+    if example_inputs is None and batches:
+        args, kwargs, _ = unpack_batch(batches[0])
+        example_inputs = kwargs or args
+    if example_inputs is not None:
+        args, kwargs = as_inputs(example_inputs)
+    elif isinstance(model, Program):
+        args, kwargs = model.example_inputs
+    else:
+        return _at_first_call(model, method, chosen, budget, config)
+    if isinstance(model, Program) and (misfit := model.misfit(args, kwargs)):
+        raise InputError(f"the example inputs do not fit: {misfit}")
+    if method == "dynamic":
+        assert isinstance(model, Program), "a module was returned above"
+        return Executable(model, "eager", eager_runner(model), _kept_eager(model.name))
+    memory = memory_of(model, (args, kwargs), chosen, budget, batches, config)
+    kept, note = recall(memory, model, (args, kwargs))
+    if kept is not None:
+        return kept
+    program, module = (model, None) if isinstance(model, Program) else (capture(model, kwargs or args), model)
+    with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as folder:
+        executable = _choose(program, chosen, budget, batches, (args, kwargs), module, config, memory, Path(folder))
+    if note:
+        executable.report.note(note)
+    return executable
+
+
+def _checked(model: Any, method: str, engines: Sequence[str] | str | None, budget: Budget) -> list[str]:
+    """The names of the engines to race; raises for arguments that cannot be meant."""
     if method not in ("static", "dynamic"):
         raise ConfigError(f'optimize(method={method!r}): "static" or "dynamic" is needed.')
     if not isinstance(model, torch.nn.Module | Program):
@@ -72,38 +106,18 @@ def optimize(
     chosen = list(engines) if engines is not None else [n for n in ENGINES.names() if n != "null"]
     for name in chosen:
         ENGINES.get(name)
-    budget, config = budget or Budget(), race or RaceConfig()
     if budget.accuracy_drop is not None and budget.accuracy_drop > 1:
         raise ConfigError(
             f"optimize(budget=Budget(accuracy_drop={budget.accuracy_drop!r})): accuracy lies between 0 and 1, so at "
             "most 1 can be lost; 0.005 is half a percentage point."
         )
-    if method == "dynamic" and not isinstance(model, Program):
-        report = Report(f"optimize {type(model).__name__}")
-        report.note('eager PyTorch was kept, as method="dynamic" asks')
-        return Executable(None, "eager", None, report, module=model)
-    batches = _batches(dataset)
-    if example_inputs is None and batches:
-        args, kwargs, _ = unpack_batch(batches[0])
-        example_inputs = kwargs or args
-    if not isinstance(model, Program) and example_inputs is None:
-        return _at_first_call(model, method, chosen, budget, config)
-    if isinstance(model, Program):
-        program, args, kwargs = model, *model.example_inputs
-        if example_inputs is not None:
-            args, kwargs = as_inputs(example_inputs)
-    else:
-        args, kwargs = as_inputs(example_inputs)
-        program = capture(model, kwargs or args)
-    if misfit := program.misfit(args, kwargs):
-        raise InputError(f"the example inputs do not fit: {misfit}")
-    if method == "dynamic":
-        report = Report(f"optimize {program.name}")
-        report.note('eager PyTorch was kept, as method="dynamic" asks')
-        return Executable(program, "eager", eager_runner(program), report)
-    module = None if isinstance(model, Program) else model
-    with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as folder:
-        return _choose(program, chosen, budget, batches, (args, kwargs), module, config, Path(folder))
+    return chosen
+
+
+def _kept_eager(name: str) -> Report:
+    report = Report(f"optimize {name}")
+    report.note('eager PyTorch was kept, as method="dynamic" asks')
+    return report
 
 
 def _batches(dataset: Iterable[Any] | None) -> list[Any]:
@@ -138,7 +152,7 @@ def _at_first_call(
 
 def _choose(
     program: Program, engines: list[str], budget: Budget, batches: list[Any], inputs: Any,
-    module: torch.nn.Module | None, config: RaceConfig, folder: Path,
+    module: torch.nn.Module | None, config: RaceConfig, memory: Memory, folder: Path,
 ) -> Executable:  # fmt: skip
     report = Report(f"optimize {program.name}")
     report.facts.update(probe().facts())
@@ -161,11 +175,19 @@ def _choose(
         for engine in engines
         for candidate in starter.candidates(engine, source, own=parent.precision, baseline=plain)
     ]
-    winner = run_race(baseline, rivals, task, budget, report, config)
+    winner, decided = run_race(baseline, rivals, task, budget, report, config)
     assert winner.latency is not None, "the winner was timed"
     report.add("winner", winner.name, before=baseline.name)
     _check_budget(winner, budget, report)
-    return plain if winner is baseline else starter.open(winner)
+    if winner is baseline:
+        if decided:
+            keep(memory, plain, "own" if parent is program else "parent", None, report)
+        elif memory.cache is not None:
+            report.note("not kept in the cache: on a quieter machine another engine may win")
+        return plain
+    executable = starter.open(winner)
+    keep(memory, executable, "own" if executable.program is program else "parent", starter.files(winner), report)
+    return executable
 
 
 def _check_budget(winner: Candidate, budget: Budget, report: Report) -> None:

@@ -101,8 +101,11 @@ class Task:
 
 def race(
     baseline: Candidate, rivals: list[Candidate], task: Task, budget: Budget, report: Report, config: RaceConfig
-) -> Candidate:
-    """The winner; `baseline` (eager) if nobody is right and surely faster. Adds rows, skips and a plot to `report`."""
+) -> tuple[Candidate, bool]:
+    """The winner, and whether that is decided: a busy machine may hide that somebody is faster.
+
+    It is `baseline` (eager) if nobody is right and surely faster. Adds rows, skips and a plot to `report`.
+    """
     try:
         return _race(baseline, rivals, task, budget, report, config)
     finally:
@@ -112,7 +115,7 @@ def race(
 
 def _race(
     baseline: Candidate, rivals: list[Candidate], task: Task, budget: Budget, report: Report, config: RaceConfig
-) -> Candidate:
+) -> tuple[Candidate, bool]:
     baseline.contender = baseline.prepare()
     judged = _Judged(baseline, task, budget, report, any(not c.exact for c in rivals))
     with progress.bar("race", len(rivals) + 2) as advance:
@@ -139,8 +142,8 @@ def _race(
     for candidate in rivals:
         if candidate.problem:
             report.skip(candidate.name, candidate.problem)
-    _describe(baseline, alive, winner, noise, judged.allowed, report)
-    return winner
+    quiet = _describe(baseline, alive, winner, noise, judged.allowed, report)
+    return winner, quiet or winner is not baseline
 
 
 def _failure(e: Exception) -> str:
@@ -329,7 +332,8 @@ def _choose(
 def _describe(
     baseline: Candidate, alive: list[Candidate], winner: Candidate, noise: tuple[float, float, float],
     allowed: float, report: Report,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
+    """Say how it went; returns whether the machine was quiet enough for a verdict."""
     timed = [c for c in (baseline, *alive) if c.latency is not None]
     report.plot(
         "histogram", "Latency", {c.name: [s * 1e3 for s in c.latency.seconds] for c in timed if c.latency},
@@ -337,7 +341,8 @@ def _describe(
     )  # fmt: skip
     report.facts["noise of the race"] = f"eager against itself {noise[1]:.3f}x, 95 % {noise[0]:.3f} to {noise[2]:.3f}"
     rounds = len(timed[0].latency.seconds) if timed[0].latency else 0
-    if max(noise[2], 1 / noise[0]) > QUIET_SPREAD or rounds < ENOUGH_ROUNDS:
+    quiet = max(noise[2], 1 / noise[0]) <= QUIET_SPREAD and rounds >= ENOUGH_ROUNDS
+    if not quiet:
         report.note(
             f"the machine was busy: {rounds} rounds, and eager against itself gave {noise[0]:.2f} to {noise[2]:.2f}; "
             "run again when it is quiet for numbers to quote"
@@ -348,3 +353,4 @@ def _describe(
         if winner is not baseline
         else "chosen: eager, because no candidate was right and surely faster"
     )
+    return quiet

@@ -149,6 +149,11 @@ class Starter:
         runner = ENGINES.get(engine)().open(where, lambda: program)
         return self._executable(engine, program, precision, runner)
 
+    def files(self, winner: Candidate) -> Path:
+        """Where the winner was built."""
+        where: Path = winner.tag[3]
+        return where
+
     def _executable(self, engine: str, program: Program, precision: str, runner: Runner) -> Executable:
         # The eager graph reads the live weights; whatever was compiled holds copies.
         stores = {**program.exported.constants, **program.exported.state_dict}
