@@ -61,6 +61,7 @@ class ChildContender:
         program: a saved Program whose example inputs are the probe.
         imports: modules that register the classes of its inputs and outputs.
         timeout_s: for building, and for each answer.
+        build: False if `folder` holds what was built before.
         memory_bytes: resident memory at which the child is ended.
 
     Raises:
@@ -70,7 +71,7 @@ class ChildContender:
 
     def __init__(
         self, program: Path, imports: Sequence[str], engine: str, precision: str, folder: Path, *,
-        timeout_s: float, memory_bytes: float,
+        timeout_s: float, memory_bytes: float, build: bool = True,
     ) -> None:  # fmt: skip
         self._limits: dict[str, float] = {"timeout_s": timeout_s, "memory_bytes": memory_bytes}
         self._worker: Worker | None = None
@@ -84,7 +85,7 @@ class ChildContender:
         except ChildError as e:
             self.close()
             raise Unreadable(str(e)) from e
-        self.seconds = self._ask("open", engine=engine, precision=precision, folder=str(folder))
+        self.seconds = self._ask("open", engine=engine, precision=precision, folder=str(folder), build=build)
 
     def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
         if self._worker is None:

@@ -87,24 +87,35 @@ class Starter:
                 tag=(engine, program, precision, where),
             )
 
+    def reopen(self, candidate: Candidate) -> Contender:
+        """A candidate again, from what was built for the race."""
+        engine, program, precision, where = candidate.tag
+        return self._prepare(ENGINES.get(engine)(), engine, program, precision, where)
+
     def _prepare(self, plugin: Engine, engine: str, program: Program, precision: str, where: Path) -> Contender:
-        where.mkdir()
+        build = not where.exists()
+        where.mkdir(exist_ok=True)
         saved = self._travels(engine, program)
         if isinstance(saved, Path):
             try:
-                return self._in_child(saved, engine, program, precision, where)
+                return self._in_child(saved, engine, program, precision, where, build)
             except Unreadable as e:
                 saved = self._saved[id(program)] = f"a child process cannot read the program: {e}"
         self.report.note(f"{engine} {precision} was raced in this process: {saved}")
-        plugin.build(program, where, precision)
+        if build:
+            plugin.build(program, where, precision)
         runner = plugin.open(where, lambda: program)
         return _local(self._executable(engine, program, precision, runner), self.inputs, runner)
 
-    def _in_child(self, saved: Path, engine: str, program: Program, precision: str, where: Path) -> Contender:
+    def _in_child(
+        self, saved: Path, engine: str, program: Program, precision: str, where: Path, build: bool
+    ) -> Contender:
         contender = ChildContender(
             saved, _imports(program.signature), engine, precision, where,
-            timeout_s=self.config.timeout_s, memory_bytes=self._allowed_memory(),
+            timeout_s=self.config.timeout_s, memory_bytes=self._allowed_memory(), build=build,
         )  # fmt: skip
+        if not build:
+            return contender
         took = contender.seconds
         how = "building and opening, in a process of its own"
         self.report.add(f"compile time, {engine} {precision}", took["build_s"] + took["open_s"], unit="s", how=how)

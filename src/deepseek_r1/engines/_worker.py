@@ -48,13 +48,14 @@ class Child:
         self._program = Program.load(program)
         return {}
 
-    def open(self, engine: str, precision: str, folder: str) -> dict[str, Any]:
-        """Build the candidate into `folder` and open it."""
+    def open(self, engine: str, precision: str, folder: str, build: bool) -> dict[str, Any]:
+        """Open the candidate in `folder`, after building it there if asked to."""
         assert self._program is not None, "load comes first"
         program = self._program
         plugin = ENGINES.get(engine)()
         start, cpu = time.perf_counter(), time.process_time()
-        plugin.build(program, Path(folder), precision)
+        if build:
+            plugin.build(program, Path(folder), precision)
         built = time.perf_counter()
         runner = plugin.open(Path(folder), lambda: program)
         seconds = {"build_s": built - start, "open_s": time.perf_counter() - built, "cpu_s": time.process_time() - cpu}
