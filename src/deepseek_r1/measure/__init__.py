@@ -1,7 +1,8 @@
-"""Measuring callables: paired latency, peak memory of a process, parity of arrays. Knows no stage and no model."""
+"""Measuring: paired latency, peak memory, parity of arrays, cost of operators. Knows no stage and no model."""
 
 from __future__ import annotations
 
+from ._cost import OperatorCost, operator_cost
 from ._latency import ENOUGH_ROUNDS, QUIET_SPREAD, Latency, paired_latency, ratio_interval
 from ._memory import peak_memory_of
 from ._parity import Parity, compare, pool
@@ -10,8 +11,10 @@ __all__ = [
     "ENOUGH_ROUNDS",
     "QUIET_SPREAD",
     "Latency",
+    "OperatorCost",
     "Parity",
     "compare",
+    "operator_cost",
     "paired_latency",
     "peak_memory_of",
     "pool",
