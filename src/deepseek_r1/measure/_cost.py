@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-_NORMS = {"native_layer_norm", "native_group_norm", "_native_batch_norm_legit_no_training", "native_batch_norm",
-          "_native_batch_norm_legit", "cudnn_batch_norm", "_fused_rms_norm"}  # fmt: skip
+#: Operations for each element; a batch norm with fixed statistics is one multiplication and one addition.
+_NORMS = {"native_layer_norm": 5, "native_group_norm": 5, "_fused_rms_norm": 4, "native_batch_norm": 2,
+          "_native_batch_norm_legit_no_training": 2, "cudnn_batch_norm": 2}  # fmt: skip
 _SOFTMAX = {"_softmax", "_log_softmax", "_safe_softmax"}
 _REDUCTIONS = {"sum", "mean", "prod", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp",
                "cumsum", "cumprod", "nansum"}  # fmt: skip
@@ -122,7 +123,7 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
     if result is None or not (result.is_floating_point() or result.is_complex()):
         return 0  # integers and comparisons
     if name in _NORMS:
-        return 5 * _numel(source)
+        return _NORMS[name] * _numel(source)
     if name in _SOFTMAX:
         return 3 * _numel(source)
     if name in _REDUCTIONS or name in _AVERAGES:

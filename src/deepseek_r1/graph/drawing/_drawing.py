@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...core import ConfigError, atomic
+from ...core import ConfigError, Report, atomic
 from ._layers import Plan, plans
 from ._model import COSTS, Group, Node, total
 from ._tree import grow
@@ -60,6 +60,12 @@ class Drawing:
             ConfigError: another cost.
         """
         return total(self.nodes, known_cost(cost))
+
+    def report(self) -> Report:
+        """The sums, how they were measured, and what was left out, as a Report."""
+        from ._text import report
+
+        return report(self)
 
     def text(self, depth: int | None = None) -> str:
         """The graph as a table, indented by module; `depth` levels of it, or all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -107,8 +108,8 @@ COSTS = {"time": ("time", "time_ms"), "flops": ("FLOPs", "flops"), "bytes": ("by
 
 def total(nodes: Iterator[Node] | tuple[Node, ...], cost: str) -> float:
     """Sum of a cost over nodes; unknown ones count nothing."""
-    attribute = COSTS[cost][1]
-    return sum(getattr(n, attribute) or 0 for n in nodes)
+    values = (getattr(n, COSTS[cost][1]) for n in nodes)
+    return float(sum(v for v in values if v is not None and math.isfinite(v)))
 
 
 def quantity(value: float | None, cost: str) -> str:
@@ -118,7 +119,7 @@ def quantity(value: float | None, cost: str) -> str:
         >>> quantity(0.0421, "time"), quantity(3_500_000, "flops"), quantity(2048, "bytes"), quantity(None, "flops")
         ('42.1 µs', '3.5 MFLOP', '2.05 kB', '-')
     """
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "-"
     unit = {"time": "s", "flops": "FLOP", "bytes": "B"}[cost]
     steps = ["µ", "m", ""] if cost == "time" else ["", "k", "M", "G", "T", "P"]

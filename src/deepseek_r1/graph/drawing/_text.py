@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...core import Report
 from ._model import COSTS, Group, Node, quantity, total
 
 if TYPE_CHECKING:
@@ -33,6 +34,19 @@ def summary(drawing: Drawing) -> str:
     costs = ", ".join(quantity(drawing.total(c), c) for c in COSTS)
     how = drawing.facts.get("how", "")
     return f"{_line(drawing.name)}: {count} operators, {costs}{f' ({how})' if how else ''}"
+
+
+def report(drawing: Drawing) -> Report:
+    """The sums as a Report."""
+    found = Report(f"trace {_line(drawing.name)}", facts=dict(drawing.facts))
+    how = "sum over the operators"
+    found.add("operators", sum(n.kind == "operator" for n in drawing.nodes), how="nodes of the drawing")
+    found.add("time", drawing.total("time"), unit="ms", how=f"{how}, {drawing.facts.get('how', '')}")
+    found.add("compute", drawing.total("flops") / 1e6, unit="MFLOP", how=how)
+    found.add("memory traffic", drawing.total("bytes") / 1e6, unit="MB", how=f"{how}, read and written")
+    for note in [*(f"{name}: {meaning}" for name, meaning in drawing.sizes.items()), *drawing.notes]:
+        found.note(_line(note))
+    return found
 
 
 def _add(rows: list[tuple[str, ...]], group: Group, level: int, depth: int | None) -> None:

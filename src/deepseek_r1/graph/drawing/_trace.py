@@ -69,9 +69,9 @@ def trace(
     nodes = measured(reading.nodes, found.shapes, {n.id: found.of(n.id) for n in reading.nodes})
     nodes = _with_input_shapes(nodes, dict(zip(program.input_names(), leaves)))
     if reading.sizes:
-        notes.append(f"{reading.sizes} computations with sizes alone are not drawn")
+        notes.append(f"not drawn, because they only compute with sizes: {reading.sizes}")
     if skipped := sum(n.kind == "operator" and not n.calls for n in nodes):
-        notes.append(f"{skipped} operators are in branches that these inputs do not take; they have no costs")
+        notes.append(f"without costs, because these inputs do not take their branch: {skipped} operators")
     if unknown := sorted({n.operator for n in nodes if n.calls and n.flops is None}):
         notes.append(f"FLOPs unknown: {', '.join(unknown)}")
     title = name or program.name
