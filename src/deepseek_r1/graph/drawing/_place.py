@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from ._layers import Plan, Vertex
 from ._model import Group, Node
@@ -152,23 +153,29 @@ def _columns(plan: Plan, sizes: list[tuple[float, float]], offsets: list[tuple[f
 
 def _tighten(plan: Plan, sizes: list[tuple[float, float]], offsets: list[tuple[float, float]], x: list[float]) -> None:
     """Move the bends of each line, as one straight column, towards its ends as far as there is room."""
-    for value, bends in plan.columns().items():
-        ends = []
-        for number, (a, b, line) in enumerate(plan.segments):
-            if line == value and (a in bends) != (b in bends):
-                ends.append(x[b] + offsets[number][1] if a in bends else x[a] + offsets[number][0])
+    bent = [v.kind == "bend" for v in plan.vertices]
+    ends: dict[str, list[float]] = {}
+    for (a, b, line), (start, end) in zip(plan.segments, offsets):
+        if bent[a] != bent[b]:
+            ends.setdefault(line, []).append(x[b] + end if bent[a] else x[a] + start)
+    beside = {v: (row[i - 1] if i else None, after) for row in plan.rows for i, (v, after) in enumerate(_pairs(row))}
+    for line, bends in plan.columns().items():
         low, high = -math.inf, math.inf
         for vertex in bends:
-            row = plan.rows[plan.vertices[vertex].row]
-            place = row.index(vertex)
-            if place:
-                low = max(low, x[row[place - 1]] + sizes[row[place - 1]][0] / 2 + GAP_X + BEND_WIDTH / 2)
-            if place + 1 < len(row):
-                high = min(high, x[row[place + 1]] - sizes[row[place + 1]][0] / 2 - GAP_X - BEND_WIDTH / 2)
-        if low <= high and ends:
-            column = min(max(sum(ends) / len(ends), low), high)
+            left, right = beside[vertex]
+            if left is not None:
+                low = max(low, x[left] + sizes[left][0] / 2 + GAP_X + BEND_WIDTH / 2)
+            if right is not None:
+                high = min(high, x[right] - sizes[right][0] / 2 - GAP_X - BEND_WIDTH / 2)
+        if low <= high:
+            column = min(max(sum(ends[line]) / len(ends[line]), low), high)
             for vertex in bends:
                 x[vertex] = column
+
+
+def _pairs(row: list[int]) -> list[tuple[int, int | None]]:
+    """Each vertex of a row with the one after it."""
+    return list(zip_longest(row, row[1:]))
 
 
 def _pull(

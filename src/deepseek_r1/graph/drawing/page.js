@@ -115,21 +115,20 @@ function pull(plan, vertex, near, far, offsets, x) {
 }
 
 function tighten(plan, sizes, offsets, x) {
-  const lines = new Map();
-  plan.vertices.forEach(([kind, , , line], i) => { if (kind === "bend") lines.set(line, [...(lines.get(line) || []), i]); });
+  const bent = plan.vertices.map(([kind]) => kind === "bend"), lines = new Map(), ends = new Map(), beside = new Map();
+  const add = (map, key, v) => { if (map.has(key)) map.get(key).push(v); else map.set(key, [v]); };
+  plan.vertices.forEach(([, , , line], v) => { if (bent[v]) add(lines, line, v); });
+  plan.segments.forEach(([a, b, line], i) => { if (bent[a] !== bent[b]) add(ends, line, bent[a] ? x[b] + offsets[i][1] : x[a] + offsets[i][0]); });
+  for (const row of plan.rows) row.forEach((v, i) => beside.set(v, [row[i - 1], row[i + 1]]));
   for (const [line, bends] of lines) {
-    const ends = [];
     let low = -Infinity, high = Infinity;
-    plan.segments.forEach(([a, b, of], i) => {
-      if (of === line && bends.includes(a) !== bends.includes(b)) ends.push(bends.includes(a) ? x[b] + offsets[i][1] : x[a] + offsets[i][0]);
-    });
     for (const v of bends) {
-      const row = plan.rows[plan.vertices[v][1]], at = row.indexOf(v);
-      if (at) low = Math.max(low, x[row[at - 1]] + sizes[row[at - 1]][0] / 2 + GAP_X + BEND / 2);
-      if (at + 1 < row.length) high = Math.min(high, x[row[at + 1]] - sizes[row[at + 1]][0] / 2 - GAP_X - BEND / 2);
+      const [left, right] = beside.get(v);
+      if (left !== undefined) low = Math.max(low, x[left] + sizes[left][0] / 2 + GAP_X + BEND / 2);
+      if (right !== undefined) high = Math.min(high, x[right] - sizes[right][0] / 2 - GAP_X - BEND / 2);
     }
-    if (low <= high && ends.length) {
-      const column = Math.min(Math.max(mean(ends), low), high);
+    if (low <= high) {
+      const column = Math.min(Math.max(mean(ends.get(line)), low), high);
       for (const v of bends) x[v] = column;
     }
   }
