@@ -49,7 +49,7 @@ def bert() -> dr1.Drawing:
 
     dr1.seed_everything(0)
     ids = torch.randint(0, 30_000, (1, 128))
-    drawing = dr1.trace(BertModel(BertConfig()).eval(), {"input_ids": ids}, rounds=20, max_seconds=20)
+    drawing = dr1.trace(BertModel(BertConfig()).eval(), {"input_ids": ids}, rounds=12, max_seconds=10)
     # Where the packages lie on the machine that took the picture is nobody's business.
     plain = (replace(n, source=n.source.rpartition("site-packages/")[2]) for n in drawing.nodes)
     return replace(drawing, nodes=tuple(plain))
