@@ -1,4 +1,4 @@
-"""A drawing as one HTML page that loads nothing: data, `page.css` and `page.js` are put inside.
+"""A drawing as one HTML page that loads nothing: data, style and scripts are put inside.
 
 What the page shows comes from user code, so all of it travels as JSON and is set as text, never as markup.
 """
@@ -31,7 +31,7 @@ def page(data: dict[str, Any], root: Group, plans: dict[str, Plan]) -> str:
         f'<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy" '
         f'content="{_POLICY}"><style>{_file("page.css")}</style></head>\n<body>{_file("page.html")}'
         f'<script type="application/json" id="data">{embedded(data)}</script>\n'
-        f"<script>{_file('page.js')}</script></body></html>\n"
+        f"<script>{_file('page.place.js')}{_file('page.js')}</script></body></html>\n"
     )
 
 
@@ -59,7 +59,7 @@ def _file(name: str) -> str:
 
 
 def _layout(root: Group, plans: dict[str, Plan]) -> dict[str, Any]:
-    """What `page.js` needs in order to place any set of open groups."""
+    """What `page.place.js` needs in order to place any set of open groups."""
     groups = {}
     for group in (root, *root.groups()):
         plan = plans[group.id]

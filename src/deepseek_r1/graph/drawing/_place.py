@@ -1,4 +1,4 @@
-"""Coordinates: from plans and the set of open groups to boxes and lines. `page.js` does the same in the browser.
+"""Coordinates: from plans and the set of open groups to boxes and lines. `page.place.js` does the same in the browser.
 
 Both must give the same numbers; a test compares them.
 """
