@@ -74,7 +74,10 @@ ENGINES = Registry(
     "deepseek_r1.engines",
     {
         "eager": "deepseek_r1.engines._eager:EagerEngine",
+        "executorch": "deepseek_r1.engines._executorch:ExecuTorchEngine",
+        "inductor": "deepseek_r1.engines._inductor:InductorEngine",
         "null": "deepseek_r1.engines._null:NullEngine",
         "onnxruntime": "deepseek_r1.engines._onnxruntime:OnnxRuntimeEngine",
+        "openvino": "deepseek_r1.engines._openvino:OpenVinoEngine",
     },
 )
