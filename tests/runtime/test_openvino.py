@@ -84,7 +84,7 @@ def test_several_threads(session):
     ],
 )
 def test_misfits_are_named(session, feeds):
-    with pytest.raises(InputError, match="float32|OpenVINO says"):
+    with pytest.raises(InputError, match=r"float32|OpenVINO says"):
         session.run(feeds)
 
 

@@ -1,7 +1,7 @@
 """ExecuTorch with XNNPACK's CPU kernels as an engine. Quantised programs go in as they are, except at their outputs.
 
-ExecuTorch lays out all memory beforehand, so each dynamic size gets an upper bound, see `BOUND`; inputs beyond it, and
-empty ones, are answered by PyTorch.
+ExecuTorch lays out all memory beforehand, so each dynamic size gets an upper bound, see `_bounds`; inputs beyond it,
+and empty ones, are answered by PyTorch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import operator
 import sys
 import threading
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
@@ -27,11 +25,11 @@ from ..graph import Program, rewrite
 from ..graph._capture import torch_export
 from ..graph.editing import add_constant, constant_of
 from ..graph.quiet import quiet_torch
-from ._refusals import changes_state, eager_where, is_empty, not_on_the_cpu
+from . import _bounds
+from ._bounds import Limit
+from ._refusals import changes_state, eager_where, not_on_the_cpu
 from .base import Engine, Runner
 
-#: A dynamic size may be this many times the example's; and at least the second number.
-BOUND = (4, 16)
 _PROGRAM, _ABOUT = "model.pte", "about.json"
 _BINDINGS = "executorch.extension.pybindings.portable_lib"
 aten, _q = torch.ops.aten, torch.ops.quantized_decomposed
@@ -65,7 +63,7 @@ class ExecuTorchEngine(Engine):
 
     def build(self, program: Program, folder: Path, precision: str) -> None:
         """Lower what XNNPACK can compute to it, the rest to ExecuTorch's portable kernels."""
-        limits = _limits(program)
+        limits = _bounds.limits(program)
         with _quiet_import():
             from executorch.exir import to_edge_transform_and_lower
 
@@ -80,7 +78,7 @@ class ExecuTorchEngine(Engine):
 
     def open(self, folder: Path, program: Callable[[], Program]) -> Runner:
         """Load the file's one method."""
-        limits: list[tuple[int, int, int]] = json.loads((folder / _ABOUT).read_text())["limits"]
+        limits: list[Limit] = json.loads((folder / _ABOUT).read_text())["limits"]
         _match_threads()
         with _quiet_import():
             from executorch.runtime import Runtime
@@ -97,10 +95,7 @@ class ExecuTorchEngine(Engine):
                 outputs = loaded.load_method("forward").execute(inputs)
             return [v for v in outputs if isinstance(v, torch.Tensor)]
 
-        def outside(leaves: Sequence[Any]) -> bool:
-            return is_empty(leaves) or any(leaves[i].shape[axis] > most for i, axis, most in limits)
-
-        return eager_where(outside, run, program)
+        return eager_where(_bounds.beyond(limits), run, program)
 
     def integer_kernels(self, folder: Path) -> int:
         """How many products and convolutions were lowered to XNNPACK between integer tensors."""
@@ -108,22 +103,7 @@ class ExecuTorchEngine(Engine):
         return count
 
 
-def _limits(program: Program) -> list[tuple[int, int, int]]:
-    """(flat input, axis, largest size) of each dynamic size."""
-    leaves = pytree.tree_leaves(program.example_inputs)
-    own = {(i, axis): (low, high) for i, axis, _, low, high in program.signature.limits}
-    found = []
-    for number, shape in enumerate(program.input_shapes()):
-        for axis, size in enumerate(shape):
-            if isinstance(size, str):
-                times, least = BOUND
-                low, high = own.get((number, axis), (0, math.inf))
-                most = min(max(times * leaves[number].shape[axis], least, low), high)
-                found.append((number, axis, int(most)))
-    return found
-
-
-def _bounded(program: Program, limits: list[tuple[int, int, int]]) -> ExportedProgram:
+def _bounded(program: Program, limits: list[Limit]) -> ExportedProgram:
     """The program captured again with its dynamic sizes limited."""
     args, kwargs = program.example_inputs
     most = {(number, axis): size for number, axis, size in limits}

@@ -27,7 +27,7 @@ from ._refusals import changes_state, devices, eager_where, is_empty
 from .base import Engine, Runner
 
 _q = torch.ops.quantized_decomposed
-_PACKAGE = "model.pt2"
+PACKAGE = "model.pt2"
 #: Entry points of oneDNN's integer products and convolutions, as the generated C++ code calls them.
 _INTEGER_CALL = re.compile(r"aoti_torch_cpu__q(?:conv|linear)_\w+\(")
 
@@ -52,6 +52,8 @@ class InductorEngine(Engine):
         kinds = devices(program)
         if len(kinds) > 1:
             return f"its tensors are on {' and '.join(sorted(kinds))}"
+        if program.precision == "int8" and kinds != {"cpu"}:
+            return "it has integer kernels for quantised programs on the CPU only"
         return changes_state(program)
 
     def precisions(self, program: Program) -> list[str]:
@@ -69,16 +71,16 @@ class InductorEngine(Engine):
             program = cast(program, precision)
         elif precision == "int8":
             program = retarget(program)
-        package(program, folder / _PACKAGE)
+        package(program, folder / PACKAGE)
 
     def open(self, folder: Path, program: Callable[[], Program]) -> Runner:
         """Load the machine code."""
         # Kernels divide by sizes, some of them; a batch of nothing is not worth a kernel.
-        return eager_where(is_empty, package_runner(folder / _PACKAGE), program)
+        return eager_where(is_empty, package_runner(folder / PACKAGE), program)
 
     def integer_kernels(self, folder: Path) -> int:
         """How many products and convolutions the compiled code does in integers."""
-        with zipfile.ZipFile(folder / _PACKAGE) as archive:
+        with zipfile.ZipFile(folder / PACKAGE) as archive:
             sources = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".wrapper.cpp")]
         return sum(len(_INTEGER_CALL.findall(text)) for text in sources)
 
@@ -92,10 +94,10 @@ def package(program: Program, path: Path, **options: Any) -> None:
         )
 
 
-def package_runner(path: Path) -> Runner:
-    """The compiled function behind a package, on flat inputs. May be called from several threads."""
+def package_runner(path: Path, *, single_threaded: bool = False) -> Runner:
+    """The compiled function behind a package, on flat inputs; unless told otherwise, for several threads."""
     with quiet_torch():
-        loaded = torch._inductor.aoti_load_package(str(path))
+        loaded = torch._inductor.aoti_load_package(str(path), run_single_threaded=single_threaded)
     # The object's own call reads its description of nested inputs as JSON each time; the inputs are flat already.
     run_flat = loaded.loader.boxed_run
 
