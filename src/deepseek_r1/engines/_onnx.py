@@ -19,15 +19,23 @@ from ..graph.quiet import quiet_torch
 _LIMIT_BYTES = 2 * 10**9
 
 
-def to_onnx(program: Program) -> onnx.ModelProto:
+def needs_external_data(program: Program) -> bool:
+    """Whether the program's weights are more than one ONNX file can hold."""
+    return program.parameters_bytes > _LIMIT_BYTES
+
+
+def to_onnx(program: Program, *, external_data: bool = False) -> onnx.ModelProto:
     """The program in ONNX (opset 20), inputs named as in the graph, outputs `output` or `output_0`, `output_1`, ...
 
     Quantised programs get the form that ONNX Runtime fuses, see `retarget`.
 
+    Args:
+        external_data: take models of any size; the caller writes their weights to a file of their own.
+
     Raises:
         UnsupportedOpError: an operator has no ONNX form, or the model is larger than one file may be.
     """
-    if program.parameters_bytes > _LIMIT_BYTES:
+    if needs_external_data(program) and not external_data:
         raise UnsupportedOpError(
             f"{program.name!r} has {program.parameters_bytes / 1e9:.1f} GB of weights; an ONNX file holds at most 2."
         )

@@ -73,8 +73,13 @@ ENGINES = Registry(
     "engine",
     "deepseek_r1.engines",
     {
+        "cudagraph": "deepseek_r1.engines._cudagraph:CudaGraphEngine",
         "eager": "deepseek_r1.engines._eager:EagerEngine",
+        "executorch": "deepseek_r1.engines._executorch:ExecuTorchEngine",
+        "inductor": "deepseek_r1.engines._inductor:InductorEngine",
         "null": "deepseek_r1.engines._null:NullEngine",
         "onnxruntime": "deepseek_r1.engines._onnxruntime:OnnxRuntimeEngine",
+        "openvino": "deepseek_r1.engines._openvino:OpenVinoEngine",
+        "tensorrt": "deepseek_r1.engines._tensorrt:TensorRtEngine",
     },
 )

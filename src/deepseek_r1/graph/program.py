@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -101,11 +101,18 @@ class Program:
         """Names of the flat inputs, as the graph gives them."""
         return [leaf.name for leaf in self.signature.leaves]
 
-    def dynamic_shapes(self) -> Any:
-        """The `dynamic_shapes` argument with which torch.export captures this graph again."""
+    def dynamic_shapes(self, most: Mapping[tuple[int, int], int] | None = None) -> Any:
+        """The `dynamic_shapes` argument with which torch.export captures this graph again.
+
+        Args:
+            most: largest sizes, by (flat input, axis), for those who need a bound.
+        """
         leaves, tree = pytree.tree_flatten(self.example_inputs)
         # A new capture sees the graph, not the module, so it must be told what the module's branches allow.
         bounds = {(i, axis): (low, high) for i, axis, _, low, high in self.signature.limits if low or high < math.inf}
+        for place, size in (most or {}).items():
+            low, high = bounds.get(place, (0, math.inf))
+            bounds[place] = (low, min(high, size))
         specs = [
             {axis: _dim(*bounds.get((i, axis), (0, math.inf))) for axis, d in enumerate(shape) if isinstance(d, str)}
             if isinstance(leaf, torch.Tensor)
