@@ -5,12 +5,15 @@ from __future__ import annotations
 from ._capture import as_inputs, capture, capture_as_is, evaluation
 from ._foreign import load_pt2
 from ._passes import PASSES, fold_batch_norm, simplify
+from ._static import PLAIN, StaticOptions, run_static, static_programs
 from .editing import rewrite
 from .program import Program, float64_module, to_float64
 
 __all__ = [
     "PASSES",
+    "PLAIN",
     "Program",
+    "StaticOptions",
     "as_inputs",
     "capture",
     "capture_as_is",
@@ -19,6 +22,8 @@ __all__ = [
     "fold_batch_norm",
     "load_pt2",
     "rewrite",
+    "run_static",
     "simplify",
+    "static_programs",
     "to_float64",
 ]

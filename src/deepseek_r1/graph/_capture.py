@@ -16,7 +16,7 @@ from ._foreign_nests import register
 from ._origin import conditions_of, fixing_lines
 from ._recurrent import recurrent_shapes
 from ._state import preserved
-from ._tracing import capturing
+from ._tracing import line_by_line
 from ._verify import verified
 from .program import Program
 from .quiet import quiet_torch
@@ -73,20 +73,32 @@ def capture_as_is(
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
     name: str | None = None,
     grad: bool = False,
+    stateless: bool = False,
 ) -> Program:
-    """As `capture`, with the training flags as they are; `grad` as it will be when the graph runs."""
+    """As `capture`, with the training flags as they are.
+
+    Args:
+        grad: whether gradients are wanted when the graph runs.
+        stateless: raise if forward sets attributes, which the graph does not; otherwise the report says so.
+    """
     if not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves((args, kwargs))):
         raise InputError("capture needs at least one example input that is a tensor, given none.")
     register()
     title = name or type(model).__name__
     report = Report(f"capture {title}")
-    with capturing(), preserved(model) as changed, torch.inference_mode(False), torch.set_grad_enabled(grad):
+    with line_by_line(), preserved(model), torch.inference_mode(False), torch.set_grad_enabled(grad):
         examples: tuple[Args, Kwargs] = pytree.tree_map(_own, (args, kwargs))
-        _run_eagerly(model, *examples)
+        changed = _run_eagerly(model, *examples)
         if dynamic_shapes is None:
             examples = _enlarged(model, *examples)
         program = _captured(model, *examples, dynamic_shapes, title, report)
         program = verified(program, model, args, kwargs, grad=grad)
+    if changed and stateless:
+        raise CaptureError(
+            f"{title}.forward sets {', '.join(changed)}, which a graph cannot do: it keeps state in buffers only. Make "
+            "it one (self.register_buffer(name, tensor), changed in place), return the value, or let the class run "
+            "line by line where it must: @deepseek.model(fallback=True)."
+        )
     for attribute in changed:
         report.note(f"forward sets {attribute}, which is no buffer: the graph does not. register_buffer makes it state")
     report.add("operators", sum(n.op == "call_function" for n in program.exported.graph.nodes), how="nodes")
@@ -168,17 +180,18 @@ def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def _run_eagerly(model: torch.nn.Module, args: Args, kwargs: Kwargs) -> Any:
-    """What the module itself answers; its buffers, attributes and the random state are left as they were.
+def _run_eagerly(model: torch.nn.Module, args: Args, kwargs: Kwargs) -> list[str]:
+    """Names of attributes that the module sets; those, its buffers and the random state are left as they were.
 
     Raises:
         InputError: it fails.
     """
     try:
-        with preserved(model), torch.random.fork_rng(), torch.no_grad():
+        with preserved(model) as changed, torch.random.fork_rng(), torch.no_grad():
             # Nests are made anew too: a cache of transformers grows where it is.
             own_args, own_kwargs = pytree.tree_map(_own, (args, kwargs))
-            return model(*own_args, **own_kwargs)
+            model(*own_args, **own_kwargs)
+        return changed
     except Exception as e:
         shapes = pytree.tree_map(lambda v: tuple(v.shape) if isinstance(v, torch.Tensor) else v, (args, kwargs))
         raise InputError(

@@ -47,7 +47,8 @@ def preserved(model: torch.nn.Module) -> Iterator[list[str]]:
         yield changed
     finally:
         for part, name, value, clone, version in buffers:
-            if value is not None and clone is not None and _version(value) != version:
+            # The statistics of batch normalisation change without a new version.
+            if value is not None and clone is not None and (_version(value) != version or not value.equal(clone)):
                 with torch.no_grad(), torch.inference_mode(value.is_inference()):
                     value.copy_(clone)
             part._buffers[name] = value

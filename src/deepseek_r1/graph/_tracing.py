@@ -8,24 +8,25 @@ from contextvars import ContextVar
 
 import torch
 
-_CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
+_STEPWISE: ContextVar[bool] = ContextVar("stepwise", default=False)
 
 
 @contextlib.contextmanager
-def capturing() -> Iterator[None]:
-    """Inside, modules are run for the sake of a capture."""
-    token = _CAPTURING.set(True)
+def line_by_line() -> Iterator[None]:
+    """Inside, no module runs as the static graph that it may have."""
+    token = _STEPWISE.set(True)
     try:
         yield
     finally:
-        _CAPTURING.reset(token)
+        _STEPWISE.reset(token)
 
 
 def followed() -> bool:
     """Whether a capture, an export, a compiler or a transform of functions follows the modules that run now."""
     return (
-        _CAPTURING.get()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or _STEPWISE.get()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
