@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from .graph import Drawing as Drawing
     from .graph import Program as Program
     from .graph import capture as capture
+    from .graph import static_programs as static_programs
     from .graph import trace as trace
     from .module import DSModule as DSModule
     from .module import load_model as load_model
+    from .module import model as model
     from .quantization import quantize as quantize
     from .runtime import load as load_artifact  # noqa: F401
     from .train import Trainer as Trainer

@@ -1,11 +1,15 @@
-"""`DSModule` and `load_model`: the façade that gives a module the verbs of the house. Knows not how the verbs work."""
+"""`DSModule`, `@model` and `load_model`: the façade that gives a module the verbs of the house.
+
+Knows not how the verbs work.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -13,7 +17,7 @@ from .core import Budget, InputError, Report, open_artifact
 from .core.artifact import is_artifact
 from .deploy import export
 from .engines import Executable, optimize
-from .graph import Program, load_pt2
+from .graph import PLAIN, Program, StaticOptions, load_pt2, run_static
 from .models import SOURCES, load_factory, load_onnx
 
 
@@ -99,6 +103,93 @@ def _with_prefix(wrapper: torch.nn.Module, state_dict: dict[str, Any], prefix: s
 
 def _bare(module: DSModule) -> torch.nn.Module:
     return module.module if isinstance(module, _Wrapped) else module
+
+
+_Class = TypeVar("_Class", bound=type[torch.nn.Module])
+
+
+@overload
+def model(cls: _Class) -> _Class:
+    """`@model`."""
+
+
+@overload
+def model(
+    *, dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None, fallback: bool = False
+) -> Callable[[_Class], _Class]:
+    """`@model(fallback=True)`."""
+
+
+def model(
+    cls: Any = None, *, dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None, fallback: bool = False
+) -> Any:
+    """Class decorator: instances run as static graphs, captured at the first call.
+
+    The class stays the class it was. Parameters and buffers are shared with the graphs, so that instances train; what
+    runs in training and in evaluation are two graphs. Another size of a dimension that varies takes no new graph;
+    another rank, dtype, device or nest of the inputs does, and so does a plain attribute or a part that was changed.
+    While a part of the module has hooks of the user's, it runs line by line, so that they are called.
+
+    Args:
+        cls: a subclass of `nn.Module`.
+        dynamic_shapes: see `deepseek_r1.capture`; by default every size varies that the model does not fix.
+        fallback: run what cannot be captured line by line, instead of raising.
+
+    Raises:
+        InputError: not a subclass of `nn.Module`.
+        CaptureError: at a call, if the module cannot be a static graph; the message names the line and the way out.
+
+    Example:
+        >>> @model
+        ... class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(4, 2)
+        ...     def forward(self, x):
+        ...         return torch.relu(self.linear(x))
+        >>> net = Net()
+        >>> net(torch.randn(3, 4)).sum().backward()
+        >>> _ = net(torch.randn(8, 4))
+        >>> from deepseek_r1.graph import static_programs
+        >>> [str(program.signature) for program in static_programs(net)]  # doctest: +ELLIPSIS
+        ['x: float32[s..., 4] on cpu']
+    """
+    options = StaticOptions(dynamic_shapes=dynamic_shapes, fallback=fallback)
+    if cls is None:
+        return lambda decorated: _make_static(decorated, options)
+    return _make_static(cls, options)
+
+
+def _make_static(cls: Any, options: StaticOptions) -> Any:
+    """Changes `cls`, which it gives back: a new class could not be pickled under the old one's name."""
+    if not isinstance(cls, type) or not issubclass(cls, torch.nn.Module):
+        raise InputError(
+            f"@model stands before a class that derives from torch.nn.Module, given {cls!r}. For a module that exists "
+            "already use deepseek_r1.capture or deepseek_r1.optimize; for a function, deepseek.jit.trace."
+        )
+    static: Any = cls
+    static.forward = _static(static.forward, options)
+    own = static.__dict__.get("__init_subclass__")
+
+    def init_subclass(sub: Any, **kwargs: Any) -> None:
+        inherited = super(static, sub).__init_subclass__ if own is None else own.__get__(None, sub)
+        inherited(**kwargs)
+        if "forward" in sub.__dict__:
+            sub.forward = _static(sub.forward, options)
+
+    static.__init_subclass__ = classmethod(init_subclass)
+    return static
+
+
+def _static(forward: Callable[..., Any], options: StaticOptions) -> Callable[..., Any]:
+    plain = getattr(forward, PLAIN, forward)
+
+    @functools.wraps(plain)
+    def static_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run_static(self, plain, args, kwargs, options)
+
+    setattr(static_forward, PLAIN, plain)
+    return static_forward
 
 
 def load_model(spec: str | os.PathLike[str]) -> torch.nn.Module | Program:

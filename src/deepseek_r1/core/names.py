@@ -65,9 +65,11 @@ PUBLIC: dict[str, str] = {
     "capture": "deepseek_r1.graph:capture",
     "load_artifact": "deepseek_r1.runtime:load",
     "load_model": "deepseek_r1.module:load_model",
+    "model": "deepseek_r1.module:model",
     "optimize": "deepseek_r1.engines:optimize",
     "quantize": "deepseek_r1.quantization:quantize",
     "seed_everything": "deepseek_r1.train:seed_everything",
+    "static_programs": "deepseek_r1.graph:static_programs",
     "trace": "deepseek_r1.graph:trace",
 }
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from ..core import ArtifactError, InputError, PluginError, Report, atomic
 from ..graph import Program, Signature, evaluation
@@ -112,7 +111,7 @@ class Executable:
         if len(args) == self._positional and not kwargs and all(isinstance(a, torch.Tensor) for a in args):
             leaves = args
         else:
-            leaves, tree = pytree.tree_flatten((args, kwargs))
+            leaves, tree = signature.flat(args, kwargs)
             if tree != signature.in_tree:
                 raise InputError(signature.misfit(args, kwargs) or f"the inputs must nest as {signature.in_tree}.")
         if outside := signature.outside(leaves):
@@ -194,5 +193,5 @@ class Executable:
         elif self._signature is None:
             what = "not captured yet"
         else:
-            what = f"{self._signature.program}, {self.precision}"
+            what = f"{self._signature.title}, {self.precision}"
         return f"Executable({what}, engine={self._engine!r})"

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from ._capture import as_inputs, capture, evaluation
+from ._capture import as_inputs, capture, capture_as_is, evaluation
 from ._foreign import load_pt2
 from ._passes import PASSES, fold_batch_norm, simplify
+from ._signature import Signature
+from ._static import PLAIN, StaticOptions, run_static, static_programs
 from .drawing import Drawing, trace
 from .editing import rewrite
 from .program import Program, float64_module, to_float64
-from .signature import Signature
 
 __all__ = [
     "PASSES",
+    "PLAIN",
     "Drawing",
     "Program",
     "Signature",
+    "StaticOptions",
     "as_inputs",
     "capture",
+    "capture_as_is",
     "evaluation",
     "float64_module",
     "fold_batch_norm",
     "load_pt2",
     "rewrite",
+    "run_static",
     "simplify",
+    "static_programs",
     "to_float64",
     "trace",
 ]

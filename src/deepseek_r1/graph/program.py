@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..core import InputError, Report
+from ._foreign_nests import described
+from ._signature import Signature, signature_of
 from .quiet import quiet_torch
-from .signature import Signature, signature_of
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -38,6 +39,7 @@ class Program:
         example_inputs: positional and keyword inputs it was captured with.
         precision: a name from `core.formats.PRECISIONS`.
         parent: the float Program a quantised one came from.
+        conditions: what the module's branches asked of the inputs' sizes, over `size_<flat input>_<axis>`.
         report: what the last stage did.
 
     Example:
@@ -53,6 +55,7 @@ class Program:
     name: str = "model"
     precision: str = "fp32"
     parent: Program | None = None
+    conditions: tuple[str, ...] = ()
     report: Report = field(default_factory=lambda: Report("program"))
 
     @cached_property
@@ -70,36 +73,53 @@ class Program:
         Raises:
             InputError: the inputs do not fit the captured graph; the message gives both.
         """
-        if self.signature.limits and (outside := self.outside(pytree.tree_leaves((args, kwargs)))):
-            raise InputError(self.misfit(args, kwargs) or outside)
+        signature = self.signature
+        leaves, tree = signature.flat(args, kwargs)
+        if tree != signature.in_tree or signature.outside(leaves):
+            raise InputError(signature.misfit(args, kwargs) or "the inputs do not fit.")
         try:
             return self._module(*args, **kwargs)
         except Exception as e:
             # Only a misfit of the inputs is the caller's; everything else is passed on as it is.
-            if misfit := self.misfit(args, kwargs):
+            if misfit := signature.misfit(args, kwargs):
                 raise InputError(misfit) from e
             raise
 
     @cached_property
     def signature(self) -> Signature:
-        """What goes in and what comes out."""
-        return signature_of(self.exported, self.example_inputs, self.name)
+        """What goes in and what comes out; prints as `x: float32[s0, 4] on cpu`."""
+        return signature_of(self.exported, self.example_inputs, self.name, self.conditions)
 
     def misfit(self, args: Args, kwargs: Kwargs) -> str | None:
         """Why these inputs do not fit, or None if they do."""
         return self.signature.misfit(args, kwargs)
 
     def outside(self, leaves: Sequence[Any]) -> str:
-        """Why the sizes of flat inputs are not among those that the graph holds for; empty if they are."""
+        """Why flat inputs (dtype, rank, sizes) are not among those that the graph holds for; empty if they are."""
         return self.signature.outside(leaves)
+
+    def updates(self) -> tuple[list[str], list[str]]:
+        """What running the graph changes: names of the module's buffers, and of inputs."""
+        changes = self.exported.graph_signature
+        names = {**changes.inputs_to_buffers, **changes.inputs_to_parameters}
+        held = {str(n.name): names[str(n.name)] for n in self.exported.graph.nodes if str(n.name) in names}
+        found = {*changes.buffers_to_mutate.values()}
+        inputs = {*changes.user_inputs_to_mutate.values()}
+        for node in self.exported.graph.nodes:
+            for name in _written(node):
+                if name in held:
+                    found.add(held[name])
+                elif name in changes.user_inputs:
+                    inputs.add(name)
+        return sorted(found), sorted(inputs)
 
     def input_shapes(self) -> list[tuple[int | str, ...]]:
         """Shape of each flat input; a dynamic dimension is its symbol's name. Non-tensors give ()."""
-        return [leaf.shape for leaf in self.signature.leaves]
+        return [slot.shape for slot in self.signature.slots]
 
     def input_names(self) -> list[str]:
         """Names of the flat inputs, as the graph gives them."""
-        return [leaf.name for leaf in self.signature.leaves]
+        return [slot.name for slot in self.signature.slots]
 
     def dynamic_shapes(self, most: Mapping[tuple[int, int], int] | None = None) -> Any:
         """The `dynamic_shapes` argument with which torch.export captures this graph again.
@@ -107,9 +127,10 @@ class Program:
         Args:
             most: largest sizes, by (flat input, axis), for those who need a bound.
         """
-        leaves, tree = pytree.tree_flatten(self.example_inputs)
+        leaves = pytree.tree_leaves(self.example_inputs)
         # A new capture sees the graph, not the module, so it must be told what the module's branches allow.
-        bounds = {(i, axis): (low, high) for i, axis, _, low, high in self.signature.limits if low or high < math.inf}
+        limits = self.signature.limits
+        bounds = {(i, axis): (low, high) for i, axis, _, low, high in limits if low or high < math.inf}
         for place, size in (most or {}).items():
             low, high = bounds.get(place, (0, math.inf))
             bounds[place] = (low, min(high, size))
@@ -119,7 +140,8 @@ class Program:
             else None
             for i, (leaf, shape) in enumerate(zip(leaves, self.input_shapes()))
         ]
-        args, kwargs = pytree.tree_unflatten(specs, tree)
+        rest = iter(specs)
+        args, kwargs = described(self.example_inputs, lambda _: next(rest))
         if not kwargs:
             return args
         # torch.export wants one mapping by argument name as soon as keywords are in play.
@@ -157,6 +179,18 @@ class Program:
         from ._container import load
 
         return load(path)
+
+
+def _written(node: Node) -> list[str]:
+    """Names of the values that an operator writes into."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    named = zip(node.target._schema.arguments, node.args)
+    written = [v.name for a, v in named if a.alias_info is not None and a.alias_info.is_write and isinstance(v, Node)]
+    # Batch normalisation in training writes its statistics, which its schema does not say.
+    if node.target is torch.ops.aten.batch_norm.default and len(node.args) > 5 and node.args[5] is True:
+        written += [v.name for v in node.args[3:5] if isinstance(v, Node)]
+    return written
 
 
 def _dim(low: int, high: float) -> Any:
