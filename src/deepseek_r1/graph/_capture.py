@@ -10,12 +10,12 @@ import torch
 import torch.utils._pytree as pytree
 
 from ..core import CaptureError, InputError, Report
-from ._dimensions import automatic, by_label, doubled, named
+from ._dimensions import automatic, batch_of, by_label, doubled, named, spelled_out
 from ._explain import explain, where
 from ._foreign_nests import register
 from ._origin import conditions_of, fixing_lines
 from ._recurrent import recurrent_shapes
-from ._state import preserved
+from ._state import own_randomness, preserved
 from ._tracing import line_by_line
 from ._verify import verified
 from .program import Program
@@ -83,14 +83,22 @@ def capture_as_is(
     """
     if not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves((args, kwargs))):
         raise InputError("capture needs at least one example input that is a tensor, given none.")
+    if batch_of(args, kwargs) == 0:
+        raise InputError("the example inputs have an empty batch, which torch would fix; give a batch of 1 or more.")
     register()
     title = name or type(model).__name__
     report = Report(f"capture {title}")
-    with line_by_line(), preserved(model), torch.inference_mode(False), torch.set_grad_enabled(grad):
+    with (
+        line_by_line(),
+        spelled_out(model, kwargs),
+        preserved(model),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grad),
+    ):
         examples: tuple[Args, Kwargs] = pytree.tree_map(_own, (args, kwargs))
-        changed = _run_eagerly(model, *examples)
+        changed = _run_eagerly(model, *examples, grad=grad)
         if dynamic_shapes is None:
-            examples = _enlarged(model, *examples)
+            examples = _enlarged(model, *examples, grad=grad)
         program = _captured(model, *examples, dynamic_shapes, title, report)
         program = verified(program, model, args, kwargs, grad=grad)
     if changed and stateless:
@@ -104,6 +112,8 @@ def capture_as_is(
     report.add("operators", sum(n.op == "call_function" for n in program.exported.graph.nodes), how="nodes")
     for slot in program.signature.slots:
         report.note(f"input {slot.name}: {list(slot.shape)}")
+        for axis in [axis for axis, size in enumerate(slot.shape) if size == 0]:
+            report.skip("dynamic length", f"dimension {axis} of {slot.name} is 0 in the example, which torch fixes")
     buffers, inputs = program.updates()
     if buffers:
         report.note(f"running the graph updates the module's own buffers {', '.join(buffers)}")
@@ -131,7 +141,8 @@ def _captured(
             f"example's{fixing_lines(exported, {size for *_, size in fixed})}. Take the sizes from the inputs' shapes "
             "in the model, or leave that dimension out."
         )
-    batch = [(name, axis, size) for name, axis, size in fixed if axis == 0]
+    varies = {slot.name for slot in program.signature.slots if _batch_size(program) in slot.shape}
+    batch = [(name, axis, size) for name, axis, size in fixed if axis == 0 and name not in varies]
     if batch:
         told = [f"dimension {axis} of {name}" for name, axis, _ in batch]
         lines = fixing_lines(exported, {size for *_, size in batch})
@@ -182,14 +193,14 @@ def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def _run_eagerly(model: torch.nn.Module, args: Args, kwargs: Kwargs) -> list[str]:
+def _run_eagerly(model: torch.nn.Module, args: Args, kwargs: Kwargs, *, grad: bool) -> list[str]:
     """Names of attributes that the module sets; those, its buffers and the random state are left as they were.
 
     Raises:
         InputError: it fails.
     """
     try:
-        with preserved(model) as changed, torch.random.fork_rng(), torch.no_grad():
+        with preserved(model) as changed, own_randomness(model), torch.set_grad_enabled(grad):
             # Nests are made anew too: a cache of transformers grows where it is.
             own_args, own_kwargs = pytree.tree_map(_own, (args, kwargs))
             model(*own_args, **own_kwargs)
@@ -202,11 +213,11 @@ def _run_eagerly(model: torch.nn.Module, args: Args, kwargs: Kwargs) -> list[str
         ) from e
 
 
-def _enlarged(model: torch.nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+def _enlarged(model: torch.nn.Module, args: Args, kwargs: Kwargs, *, grad: bool) -> tuple[Args, Kwargs]:
     """The examples with a batch of 2 where theirs is 1 and the model runs with it."""
     for larger in doubled(args, kwargs):
         with contextlib.suppress(InputError):
-            _run_eagerly(model, *larger)
+            _run_eagerly(model, *larger, grad=grad)
             return larger
     return args, kwargs
 
@@ -235,6 +246,12 @@ def _fixed(program: Program, spec: Any) -> list[tuple[str, int, int]]:
     ]
 
 
+def _batch_size(program: Program) -> Any:
+    """Symbol of the batch; None if it is fixed. States of recurrent nets have it behind their layers."""
+    shape = next((slot.shape for slot in program.signature.slots if slot.shape), (0,))
+    return shape[0] if isinstance(shape[0], str) else None
+
+
 def _is_dims(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and any(v is torch.export.Dim.AUTO for v in value.values()))
 
@@ -247,7 +264,7 @@ def _export(
         try:
             return torch_export(model, args, kwargs, spec and named(model, *spec)), spec
         except Exception as e:
-            error, data_dependent = explain(e)
+            error, data_dependent = explain(e, model)
             if data_dependent or spec is specs[-1]:
                 raise error from e
             # A model may be exportable with fewer sizes that vary; say so instead of refusing it.
@@ -261,4 +278,8 @@ def _export(
 def torch_export(model: torch.nn.Module, args: Any, kwargs: Any, spec: Any) -> torch.export.ExportedProgram:
     """torch.export without the warnings and log lines on which no user can act."""
     with quiet_torch(), recurrent_shapes():
-        return torch.export.export(model, args, kwargs or None, dynamic_shapes=spec)
+        exported = torch.export.export(model, args, kwargs or None, dynamic_shapes=spec)
+    # Bounds of sizes such as s27 + 1 follow from those of s27, which torch takes for at least 2 and we do not.
+    for size in [size for size in exported.range_constraints if not str(size).isidentifier()]:
+        del exported.range_constraints[size]
+    return exported

@@ -6,6 +6,7 @@ width, because engines are faster at one size. Knows shapes and names of inputs,
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -38,6 +39,35 @@ def named(model: torch.nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Any]:
         raise InputError(f"the inputs do not fit {type(model).__name__}.forward: {e}") from e
 
 
+@contextlib.contextmanager
+def spelled_out(model: torch.nn.Module, kwargs: Kwargs) -> Iterator[None]:
+    """Inside, the keyword inputs that `forward` takes as `**kwargs` are parameters of their own.
+
+    Dies when torch.export keeps the order of such inputs; seen in torch 2.11 to 2.13.
+    """
+    signature = inspect.signature(model.forward)
+    loose = [name for name in kwargs if name not in signature.parameters]
+    every = signature.parameters.values()
+    if not loose or not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in every):
+        yield
+        return
+    forward, held = model.forward, model.__dict__.get("forward")
+
+    def spelled(*args: Any, **named: Any) -> Any:
+        return forward(*args, **named)
+
+    plain = [p for p in every if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in loose]
+    spelled.__signature__ = signature.replace(parameters=[*plain, *own])  # type: ignore[attr-defined]
+    model.__dict__["forward"] = spelled
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if held is not None:
+            model.__dict__["forward"] = held
+
+
 def by_label(
     model: torch.nn.Module, args: Args, kwargs: Kwargs, describe: Callable[[str, Any], Any]
 ) -> tuple[Args, Kwargs]:
@@ -63,7 +93,7 @@ def automatic(model: torch.nn.Module, args: Args, kwargs: Kwargs, *, lengths: bo
     Args:
         lengths: offer every length; otherwise the batch only.
     """
-    batch = _batch(args, kwargs)
+    batch = batch_of(args, kwargs)
 
     def dims(label: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.ndim:
@@ -74,7 +104,8 @@ def automatic(model: torch.nn.Module, args: Args, kwargs: Kwargs, *, lengths: bo
     return by_label(model, args, kwargs, dims)
 
 
-def _batch(args: Args, kwargs: Kwargs) -> int | None:
+def batch_of(args: Args, kwargs: Kwargs) -> int | None:
+    """Dimension 0 of the first tensor, which is taken for the batch."""
     return next(
         (v.shape[0] for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor) and v.ndim), None
     )
@@ -98,7 +129,7 @@ def _axes(label: str, value: torch.Tensor, batch: int | None, lengths: bool) -> 
 
 def doubled(args: Args, kwargs: Kwargs) -> Iterator[tuple[Args, Kwargs]]:
     """The examples with a batch of 1 made 2, in the ways a model may want it; nothing if the batch is no 1."""
-    if _batch(args, kwargs) != 1:
+    if batch_of(args, kwargs) != 1:
         return
 
     def twice(axis_of: Callable[[torch.Tensor], int | None]) -> tuple[Args, Kwargs]:

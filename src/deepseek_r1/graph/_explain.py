@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sysconfig
 import traceback
 from pathlib import Path
@@ -24,9 +26,8 @@ _NUMBER = (
     "value. Stay with tensors: index with torch.index_select, gather or index_copy_, choose with torch.where; "
     f"deepseek.jit.trace(model) keeps loops and branches on such numbers; {_DYNAMIC}"
 )
-#: (words of torch's message, way out); the first that fits is told. Numbers come before branches: both are data.
+#: (words of torch's message, way out); the first that fits is told.
 _WAYS = (
-    (("extract specialized integer", "specialized float", "_local_scalar_dense"), _NUMBER),
     (("data-dependent", "GuardOnDataDependent", "unbacked"), _BRANCH),
     (
         (".numpy()", "__array__", "numpy.ndarray", "NumPy"),
@@ -61,12 +62,30 @@ _WAYS = (
 _OTHERWISE = f"Rewrite that line with tensor operations, {_DYNAMIC}"
 
 
-def explain(error: Exception) -> tuple[CaptureError, bool]:
+def explain(error: Exception, model: torch.nn.Module) -> tuple[CaptureError, bool]:
     """The error to raise, and whether the values of tensors are the reason (then no other sizes can help)."""
     text = f"{type(error).__name__}: {error}"
     way = next((way for words, way in _WAYS if any(w in text for w in words)), _OTHERWISE)
-    message = f"the model cannot be captured{where(error)}\n  {_first_line(error)}\n{way}"
+    place = where(error)
+    if way is _BRANCH and ("specialized integer" in text or _TAKES_NUMBER.search(place)):
+        way = _NUMBER
+    if place == ".":
+        place = f", {_definition(model)}"
+    message = f"the model cannot be captured{place}\n  {_first_line(error)}\n{way}"
     return CaptureError(message), way in (_BRANCH, _NUMBER)
+
+
+_TAKES_NUMBER = re.compile(r"\.item\(|\.tolist\(|\bint\(|\bfloat\(|\brange\(")
+
+
+def _definition(model: torch.nn.Module) -> str:
+    """Where a module's forward is written."""
+    name = f"{type(model).__name__}.forward"
+    try:
+        forward = inspect.unwrap(type(model).forward)
+        return f"{name} in {inspect.getsourcefile(forward)}, line {inspect.getsourcelines(forward)[1]}."
+    except (OSError, TypeError, AttributeError):  # written in no file, or scripted
+        return f"{name}."
 
 
 def _first_line(error: Exception) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 #: What every module has, whoever wrote it; training flags are looked after elsewhere.
@@ -54,6 +56,20 @@ def preserved(model: torch.nn.Module) -> Iterator[list[str]]:
             part._buffers[name] = value
         for name, part, before in attributes:
             changed += [f"{name}.{key}" if name else key for key in _restore(part, before)]
+
+
+@contextlib.contextmanager
+def own_randomness(model: torch.nn.Module) -> Iterator[None]:
+    """Whatever is drawn inside, from torch, Python or NumPy, leaves the random states as they were."""
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _version(value: torch.Tensor | None) -> int:

@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 
 from ..core import CaptureError, InputError
 from ._capture import capture_as_is
+from ._dimensions import batch_of
 from ._tracing import followed, line_by_line
 from ._watch import Watch, hooked
 from .program import Program
@@ -89,8 +90,7 @@ class StaticGraphs:
         if key in self._refused:
             return _stepwise(forward, owner, args, kwargs)
         graph = self._find(key, leaves)
-        if graph is None and any(not isinstance(p, torch.nn.Parameter) for p in owner.parameters()):
-            # Somebody lends the module other tensors for this call (torch.func.functional_call).
+        if graph is None and (batch_of(args, kwargs) == 0 or _borrows(owner)):
             return _stepwise(forward, owner, args, kwargs)
         if graph is None:
             try:
@@ -156,6 +156,11 @@ class _Graph:
 
 def _follow(graph: _Graph) -> bool:
     return all(link.follow() for link in graph.links)
+
+
+def _borrows(module: torch.nn.Module) -> bool:
+    """Whether somebody lends the module other tensors for one call (torch.func.functional_call)."""
+    return any(not isinstance(p, torch.nn.Parameter) for p in module.parameters())
 
 
 def _kind(tensor: torch.Tensor) -> Any:

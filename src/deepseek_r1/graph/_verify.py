@@ -6,16 +6,18 @@ trace in the graph. The only way to know is to ask both.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 
 from ..core import CaptureError
 from ._dimensions import shrunk
-from ._state import preserved
+from ._state import own_randomness, preserved
 from .program import Program
 
 #: How far the graph may be from the module, relative to the largest answer: both run the same operators.
@@ -40,7 +42,10 @@ def verified(program: Program, model: torch.nn.Module, args: Any, kwargs: Any, *
     if problem:
         again = _difference(wanted, _answers(model, model, examples))
         if again:
-            program.report.note("the model does not answer twice alike, so its graph could not be compared with it")
+            program.report.note(
+                "the model does not answer twice alike from one random state, so its graph could not be compared with "
+                "it; what it takes from outside torch is fixed in the graph as it was at capture"
+            )
             return program
         raise CaptureError(
             f"the captured graph of {program.name!r} does not answer as the module does: {problem}. Its forward takes "
@@ -81,9 +86,12 @@ def _answers(run: Any, model: torch.nn.Module, inputs: tuple[Any, Any]) -> list[
     # Inputs that are changed in place are the user's.
     args, kwargs = pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, inputs)
     try:
-        with preserved(model), torch.random.fork_rng(), torch.no_grad():
+        with preserved(model), own_randomness(model):
             torch.manual_seed(0)
-            return list(pytree.tree_leaves(run(*args, **kwargs)))
+            random.seed(0)
+            np.random.seed(0)
+            leaves = pytree.tree_leaves(run(*args, **kwargs))
+        return [v.detach() if isinstance(v, torch.Tensor) else v for v in leaves]
     except Exception:
         return None
 
@@ -103,7 +111,7 @@ def _difference(wanted: Sequence[Any], given: Sequence[Any] | None) -> str:
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> str:
-    if not a.numel() or a.is_sparse or a.is_nested:
+    if not a.numel() or a.is_meta or a.layout is not torch.strided:
         return ""
     if not a.is_floating_point():
         return "" if torch.equal(a, b) else "differs"
