@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ._capture import as_inputs, capture, evaluation
 from ._foreign import load_pt2
-from ._passes import PASSES, fold_batch_norm, simplify
 from .editing import rewrite
+from .passes import PASSES, fold_batch_norm, simplify
 from .program import Program, float64_module, to_float64
 
 __all__ = [
