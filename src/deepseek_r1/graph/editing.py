@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -86,6 +86,18 @@ def add_call(before: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str,
     node.meta.update({key: before.meta[key] for key in ("nn_module_stack", "stack_trace") if key in before.meta})
     node.meta["val"] = value
     return node
+
+
+@contextlib.contextmanager
+def sizes_held(module: GraphModule) -> Iterator[None]:
+    """Inside, nobody can fix a dynamic size by asking a symbol for its value.
+
+    The shapes of a graph belong to the program that it came from too, which would be fixed with it.
+    """
+    mode = _fake_mode(module.graph)
+    environment = getattr(mode, "shape_env", None)
+    with environment.suppress_guards() if environment is not None else contextlib.nullcontext():
+        yield
 
 
 def _fake_mode(graph: Graph) -> FakeTensorMode | None:

@@ -65,10 +65,11 @@ class _Folder:
         if target in (aten.as_strided.default, aten.scaled_dot_product_attention.default):
             return False
         sources = node.all_input_nodes
-        known = all(source in self._work for source in sources) and self._aliases.stable(node)
+        if not all(source in self._work for source in sources) or not self._aliases.stable(node):
+            return False
         came_from = sum(_bytes(source.meta["val"]) for source in sources if "val" in source.meta)
         # To expand costs nothing where it stands.
-        return known and _bytes(value) <= (came_from if target.is_view else max(LIMIT_BYTES, came_from))
+        return _bytes(value) <= (came_from if target.is_view else max(LIMIT_BYTES, came_from))
 
     def _is_last(self, node: Node) -> bool:
         """Whether something that is not constant uses a node, and none of that looks at how it lies in memory."""

@@ -76,7 +76,11 @@ def _affine(node: Node, target: Any, shape: Any) -> tuple[Node, Node | None]:
     if len(others) != 1 or not isinstance(others[0].meta.get("val"), torch.Tensor):
         return node, None
     value = others[0].meta["val"]
-    if value.shape != shape or value.dtype != node.meta["val"].dtype or sizes(user) != sizes(node):
+    if (
+        sizes(others[0]) != tuple(map(str, shape))
+        or value.dtype != node.meta["val"].dtype
+        or sizes(user) != sizes(node)
+    ):
         return node, None
     return user, others[0]
 

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule
 
 from ...core import CaptureError, ConfigError, Report
-from ..editing import constant_of, rewrite
+from ..editing import constant_of, rewrite, sizes_held
 from ..program import Program
 from . import _batch_norm
 from ._activations import name_activations
@@ -155,7 +155,8 @@ class _LazyJudge:
 def _run(name: str, module: GraphModule, judge: _LazyJudge) -> tuple[int, float]:
     """Run one pass; how many places it changed and by how much the answers changed."""
     try:
-        places = PASSES[name](module)
+        with sizes_held(module):
+            places = PASSES[name](module)
         if not places:
             return 0, 0.0
         sweep(module.graph)
