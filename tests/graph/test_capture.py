@@ -208,7 +208,9 @@ def test_a_model_for_one_size_only_is_captured_and_says_so():
     program = capture(net, torch.randn(2, 4))
     what, why = program.report.skipped[0]
     assert what == "dynamic batch"
-    assert why == "the model fixes dimension 0 of x at the example's size"
+    assert why.startswith("the model fixes dimension 0 of x at the example's size (")
+    assert f"{__file__}, line " in why
+    assert "x.shape[0] == 2" in why
     assert program.input_shapes() == [(2, 4)]
     with pytest.raises(InputError, match=r"has shape \(2, 4\); given \(3, 4\)"):
         program(torch.randn(3, 4))
@@ -296,8 +298,9 @@ def test_an_export_that_fails_with_a_dynamic_batch_falls_back_to_the_examples(mo
     monkeypatch.setattr(_capture, "torch_export", fussy)
     program = capture(nn.Linear(4, 2), torch.randn(3, 4))
     assert program.input_shapes() == [(3, 4)]
-    assert "sizes only" in program.report.skipped[0][1]
-    assert "no dynamic sizes today" in program.report.skipped[0][1]
+    assert [what for what, _ in program.report.skipped] == ["dynamic lengths", "dynamic batch"]
+    assert "sizes only" in program.report.skipped[1][1]
+    assert "no dynamic sizes today" in program.report.skipped[1][1]
     with pytest.raises(CaptureError, match="no dynamic sizes today"):
         capture(nn.Linear(4, 2), torch.randn(3, 4), dynamic_shapes={"input": {0: "batch"}})
 
@@ -309,7 +312,7 @@ def test_names_of_inputs_that_are_no_tensors():
 
     program = capture(Flags(), {"flag": True, "x": torch.ones(2, 3), "nothing": None, "text": "a"})
     assert program.input_names() == ["flag", "x", "nothing", "text"]
-    assert program.input_shapes()[1][1] == 3
+    assert len(program.input_shapes()[1]) == 2
     assert program(flag=True, x=torch.ones(4, 3), nothing=None, text="a").sum() == 24
     with pytest.raises(InputError, match="'flag'"):
         program(flag=False, x=torch.ones(4, 3), nothing=None, text="a")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._capture import as_inputs, capture, evaluation
+from ._capture import as_inputs, capture, capture_as_is, evaluation
 from ._foreign import load_pt2
 from .editing import rewrite
 from .passes import PASSES, fold_batch_norm, simplify
@@ -13,6 +13,7 @@ __all__ = [
     "Program",
     "as_inputs",
     "capture",
+    "capture_as_is",
     "evaluation",
     "float64_module",
     "fold_batch_norm",

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import sysconfig
-import traceback
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
 from ..core import CaptureError, InputError, Report
+from ._dimensions import automatic, by_label, doubled, named
+from ._explain import explain, where
+from ._foreign_nests import register
+from ._origin import conditions_of, fixing_lines
+from ._recurrent import recurrent_shapes
+from ._state import preserved
+from ._tracing import capturing
+from ._verify import verified
 from .program import Program
 from .quiet import quiet_torch
 
-_OUTSIDE = (str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"], str(Path(__file__).parents[1]))
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 def capture(
@@ -26,18 +31,23 @@ def capture(
     *,
     dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
     name: str | None = None,
+    train: bool = False,
 ) -> Program:
-    """Capture the evaluation graph of a module.
+    """Capture a module as a static graph.
 
-    By default dimension 0 of every tensor input is a batch of any size; examples with a batch of 1 are doubled first,
-    because torch would otherwise fix the size. The module's training flags are restored afterwards.
+    By default every size varies that the model does not fix itself: the batch (dimension 0) and lengths. Images (four
+    dimensions, floating point) keep theirs but the batch. Examples with a batch of 1 are doubled first, because torch
+    would otherwise fix the size. Where the model fixes a size, the report says so. The graph's answers are compared
+    with the module's, at a batch and a length of 1 too. Buffers, attributes and training flags are left as they were.
 
     Args:
-        model: the module. The program shares its weights.
+        model: the module. The program shares its weights; buffers that forward changes are changed by the program too.
         example_inputs: a tensor, a tuple of positional inputs, or a mapping of keyword inputs.
         dynamic_shapes: which dimensions vary, by argument name: `{"ids": {0: "batch", 1: "sequence"}}`. Arguments
             left out are fixed.
         name: name of the program; by default the class's name.
+        train: capture the training graph, with each part's training flag as it is now, instead of the evaluation
+            graph. Gradients flow through either.
 
     Raises:
         InputError: the example inputs do not fit the module.
@@ -51,30 +61,74 @@ def capture(
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"capture needs a torch.nn.Module, given {type(model).__name__}.")
     args, kwargs = as_inputs(example_inputs)
-    if not pytree.tree_leaves((args, kwargs)):
-        raise InputError("capture needs at least one example input, given none.")
+    with contextlib.nullcontext() if train else evaluation(model):
+        return capture_as_is(model, args, kwargs, dynamic_shapes=dynamic_shapes, name=name, grad=train)
+
+
+def capture_as_is(
+    model: torch.nn.Module,
+    args: Args,
+    kwargs: Kwargs,
+    *,
+    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
+    name: str | None = None,
+    grad: bool = False,
+) -> Program:
+    """As `capture`, with the training flags as they are; `grad` as it will be when the graph runs."""
+    if not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves((args, kwargs))):
+        raise InputError("capture needs at least one example input that is a tensor, given none.")
+    register()
     title = name or type(model).__name__
     report = Report(f"capture {title}")
-    with evaluation(model), torch.no_grad():
-        _try_eager(model, args, kwargs)
+    with capturing(), preserved(model) as changed, torch.inference_mode(False), torch.set_grad_enabled(grad):
+        examples: tuple[Args, Kwargs] = pytree.tree_map(_own, (args, kwargs))
+        _run_eagerly(model, *examples)
         if dynamic_shapes is None:
-            args, kwargs = _at_least_two(args, kwargs)
-        spec = _spec(model, args, kwargs, dynamic_shapes)
-        exported, fallback = _export(model, args, kwargs, spec, dynamic_shapes is None)
+            examples = _enlarged(model, *examples)
+        program = _captured(model, *examples, dynamic_shapes, title, report)
+        program = verified(program, model, args, kwargs, grad=grad)
+    for attribute in changed:
+        report.note(f"forward sets {attribute}, which is no buffer: the graph does not. register_buffer makes it state")
+    report.add("operators", sum(n.op == "call_function" for n in program.exported.graph.nodes), how="nodes")
+    for slot in program.signature.slots:
+        report.note(f"input {slot.name}: {list(slot.shape)}")
+    buffers, inputs = program.updates()
+    if buffers:
+        report.note(f"running the graph updates the module's own buffers {', '.join(buffers)}")
+    if inputs:
+        report.note(f"running the graph changes its inputs {', '.join(inputs)} in place, as the module does")
+    return program
+
+
+def _captured(
+    model: torch.nn.Module, args: Args, kwargs: Kwargs, wanted: Mapping[str, Any] | None, title: str, report: Report
+) -> Program:
+    specs = _specs(model, args, kwargs, wanted)
+    exported, spec = _export(model, args, kwargs, specs, report)
     program = Program(
-        exported=exported, example_inputs=(args, kwargs), name=title, report=report, precision=precision_of(exported)
-    )
+        exported=exported, example_inputs=(args, kwargs), name=title, report=report, precision=precision_of(exported),
+        conditions=tuple(conditions_of(exported)),
+    )  # fmt: skip
     fixed = _fixed(program, spec)
-    if fixed and dynamic_shapes is not None:
+    if not fixed:
+        return program
+    if wanted is not None:
+        told = [f"dimension {axis} of {name}" for name, axis, _ in fixed]
         raise CaptureError(
-            f"{title}: dynamic_shapes asks for {', '.join(fixed)} to vary, but the model fixes the size at the "
-            "example's. Take the sizes from the inputs' shapes in the model, or leave that dimension out."
+            f"{title}: dynamic_shapes asks for {', '.join(told)} to vary, but the model fixes the size at the "
+            f"example's{fixing_lines(exported, {size for *_, size in fixed})}. Take the sizes from the inputs' shapes "
+            "in the model, or leave that dimension out."
         )
-    if fixed or fallback:
-        report.skip("dynamic batch", fallback or f"the model fixes {', '.join(fixed)} at the example's size")
-    report.add("operators", sum(n.op == "call_function" for n in exported.graph.nodes), how="nodes of the graph")
-    for label, shape in zip(program.input_names(), program.input_shapes()):
-        report.note(f"input {label}: {list(shape)}")
+    batch = [(name, axis, size) for name, axis, size in fixed if axis == 0]
+    if batch:
+        told = [f"dimension {axis} of {name}" for name, axis, _ in batch]
+        lines = fixing_lines(exported, {size for *_, size in batch})
+        report.skip("dynamic batch", f"the model fixes {', '.join(told)} at the example's size{lines}")
+    # A feature size that is fixed is what everybody expects; a number of tokens is not.
+    counted = {slot.name for slot in program.signature.slots if slot.is_tensor and not slot.example.is_floating_point()}
+    if told := [f"dimension {axis} of {name} at {size}" for name, axis, size in fixed if axis and name in counted]:
+        lines = fixing_lines(exported, {size for *_, size in fixed})
+        report.skip("dynamic length", f"the model fixes {', '.join(told)}{lines}")
     return program
 
 
@@ -88,7 +142,7 @@ def precision_of(exported: torch.export.ExportedProgram) -> str:
     return _NAMES.get(narrow, "fp32")
 
 
-def as_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_inputs(example_inputs: Any) -> tuple[Args, Kwargs]:
     """Positional and keyword inputs from what a user calls example inputs."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
@@ -109,53 +163,60 @@ def evaluation(model: torch.nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _try_eager(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _own(value: Any) -> Any:
+    # A copy: the user's inputs may be changed in place, and inference tensors cannot be traced.
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _run_eagerly(model: torch.nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    """What the module itself answers; its buffers, attributes and the random state are left as they were.
+
+    Raises:
+        InputError: it fails.
+    """
     try:
-        model(*args, **kwargs)
+        with preserved(model), torch.random.fork_rng(), torch.no_grad():
+            # Nests are made anew too: a cache of transformers grows where it is.
+            own_args, own_kwargs = pytree.tree_map(_own, (args, kwargs))
+            return model(*own_args, **own_kwargs)
     except Exception as e:
         shapes = pytree.tree_map(lambda v: tuple(v.shape) if isinstance(v, torch.Tensor) else v, (args, kwargs))
         raise InputError(
             f"the model itself fails on the example inputs {shapes} before any capture: {type(e).__name__}: {e}"
-            f"{_where(e)}"
+            f"{where(e)}"
         ) from e
 
 
-def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor) and v.ndim]
-    if not tensors or tensors[0].shape[0] != 1:
-        return args, kwargs
-    double = lambda v: torch.cat([v, v]) if isinstance(v, torch.Tensor) and v.ndim and v.shape[0] == 1 else v  # noqa: E731
-    doubled: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(double, (args, kwargs))
-    return doubled
+def _enlarged(model: torch.nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """The examples with a batch of 2 where theirs is 1 and the model runs with it."""
+    for larger in doubled(args, kwargs):
+        with contextlib.suppress(InputError):
+            _run_eagerly(model, *larger)
+            return larger
+    return args, kwargs
 
 
-def _spec(model: torch.nn.Module, args: Any, kwargs: Any, wanted: Mapping[str, Mapping[int, Any]] | None) -> Any:
-    """The `dynamic_shapes` of torch.export, by argument name."""
-    values = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor) and v.ndim]
-    batch = tensors[0].shape[0] if tensors and wanted is None else None
-    unknown = sorted(set(wanted or ()) - set(values))
+def _specs(model: torch.nn.Module, args: Args, kwargs: Kwargs, wanted: Mapping[str, Any] | None) -> list[Any]:
+    """What may vary, nested as (positional, keyword) inputs, to be tried in turn; None fixes everything."""
+    if wanted is None:
+        every, batch = automatic(model, args, kwargs), automatic(model, args, kwargs, lengths=False)
+        return [every, *([batch] if batch != every else []), None]
+    values = named(model, args, kwargs)
+    unknown = sorted(set(wanted) - set(values) - set(kwargs))
     if unknown:
         raise InputError(f"dynamic_shapes names {unknown}, but the inputs are {list(values)}.")
-
-    def dims(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return None
-        return {0: torch.export.Dim.AUTO} if value.ndim and value.shape[0] == batch else None
-
-    asked = {key: dict.fromkeys(axes, torch.export.Dim.AUTO) for key, axes in (wanted or {}).items()}
-    return {name: asked.get(name) or pytree.tree_map(dims, value) for name, value in values.items()}
+    asked = {key: dict.fromkeys(axes, torch.export.Dim.AUTO) for key, axes in wanted.items()}
+    return [by_label(model, args, kwargs, lambda label, value: asked.get(label) if label else None)]
 
 
-def _fixed(program: Program, spec: Mapping[str, Any]) -> list[str]:
-    """Dimensions that were to vary and that torch fixed, as "dimension 0 of x"."""
-    wanted = pytree.tree_leaves(list(spec.values()), is_leaf=_is_dims)
-    flat = zip(program.input_names(), program.input_shapes(), wanted, strict=True)
+def _fixed(program: Program, spec: Any) -> list[tuple[str, int, int]]:
+    """(input, axis, size) of dimensions that were to vary and that torch fixed."""
+    if spec is None:
+        return []
+    asked = pytree.tree_leaves(spec, is_leaf=_is_dims)
+    flat = zip(program.input_names(), program.input_shapes(), asked, strict=True)
     return [
-        f"dimension {axis} of {name}"
-        for name, shape, dims in flat
-        for axis in dims or ()
-        if not isinstance(shape[axis], str)
+        (name, axis, size) for name, shape, dims in flat for axis in dims or () if isinstance(size := shape[axis], int)
     ]
 
 
@@ -163,54 +224,26 @@ def _is_dims(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and any(v is torch.export.Dim.AUTO for v in value.values()))
 
 
-def _export(model: torch.nn.Module, args: Any, kwargs: Any, spec: Any, may_fall_back: bool) -> tuple[Any, str]:
-    try:
-        return torch_export(model, args, kwargs, spec), ""
-    except Exception as e:
-        error, data_dependent = _explain(e)
-        if not may_fall_back or data_dependent:
-            raise error from e
-        # A model may be exportable at a fixed size only; say so instead of refusing it.
+def _export(
+    model: torch.nn.Module, args: Args, kwargs: Kwargs, specs: list[Any], report: Report
+) -> tuple[torch.export.ExportedProgram, Any]:
+    """The graph by the first of `specs` that works, and that spec; the report tells why the others did not."""
+    for number, spec in enumerate(specs):
         try:
-            return torch_export(model, args, kwargs, None), f"the graph holds for the example's sizes only ({error})"
-        except Exception as again:
-            raise _explain(again)[0] from again
+            return torch_export(model, args, kwargs, spec and named(model, *spec)), spec
+        except Exception as e:
+            error, data_dependent = explain(e)
+            if data_dependent or spec is specs[-1]:
+                raise error from e
+            # A model may be exportable with fewer sizes that vary; say so instead of refusing it.
+            if specs[number + 1] is None:
+                report.skip("dynamic batch", f"the graph holds for the example's sizes only ({error})")
+            else:
+                report.skip("dynamic lengths", f"only the batch varies ({error})")
+    raise AssertionError("there is at least one spec to try")
 
 
 def torch_export(model: torch.nn.Module, args: Any, kwargs: Any, spec: Any) -> torch.export.ExportedProgram:
     """torch.export without the warnings and log lines on which no user can act."""
-    with quiet_torch():
+    with quiet_torch(), recurrent_shapes():
         return torch.export.export(model, args, kwargs or None, dynamic_shapes=spec)
-
-
-def _explain(error: Exception) -> tuple[CaptureError, bool]:
-    text = f"{type(error).__name__}: {error}"
-    data_dependent = "data-dependent" in text or "GuardOnDataDependent" in text or "unbacked" in text
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if data_dependent:
-        way = (
-            "The model branches on the values of a tensor, which a static graph cannot do as it stands. Write the "
-            "branch with torch.where (both sides computed) or torch.cond (one side), or keep the model dynamic: "
-            "dr1.optimize(model, method='dynamic')."
-        )
-    else:
-        way = "Rewrite that line with tensor operations, or keep it dynamic: dr1.optimize(model, method='dynamic')."
-    message = f"the model cannot be captured{_where(error)}\n  {first[:400]}\n{way}"
-    return CaptureError(message), data_dependent
-
-
-def _where(error: BaseException) -> str:
-    """The innermost line of the user's code in the error's trace."""
-    seen: list[traceback.FrameSummary] = []
-    current: BaseException | None = error
-    while current is not None:
-        seen = [f for f in traceback.extract_tb(current.__traceback__) if _is_users(f.filename)] or seen
-        current = current.__cause__
-    if not seen:
-        return "."
-    frame = seen[-1]
-    return f": {frame.filename}, line {frame.lineno}, in {frame.name}:\n    {(frame.line or '').strip()}"
-
-
-def _is_users(filename: str) -> bool:
-    return not filename.startswith((*_OUTSIDE, "<"))

@@ -21,6 +21,7 @@ import torch.ao.quantization.fx._decomposed
 import torch.utils._pytree as pytree
 
 from ..core import ArtifactError, UnsafeFileError
+from ._foreign_nests import plain_
 
 #: Namespaces whose operators compute and nothing else, but for those refused.
 _COMPUTING = {"aten", "prims", "quantized_decomposed"}
@@ -78,6 +79,7 @@ def checked_graph(data: bytes, where: str) -> bytes:
         raise ArtifactError(f"{where}: the ranges of the sizes are damaged.")
     for name in constraints:
         check_expression(name, where)
+    plain_(graph)
     # Guards are Python source that torch would execute; the checks they stand for are made by `Program.misfit`.
     graph["guards_code"] = []
     graph["graph_module"]["metadata"] = {}

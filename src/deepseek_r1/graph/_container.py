@@ -25,6 +25,8 @@ from torch.export.graph_signature import ConstantArgument
 from ..core import PRECISIONS, ArtifactError, InputError, Report, atomic
 from ..core.manifest_json import parse
 from . import _checks, _compat
+from ._conditions import names_of
+from ._foreign_nests import plain_nest
 from .program import Program
 
 SCHEMA_VERSION = 1
@@ -68,6 +70,7 @@ def to_bytes(program: Program) -> bytes:
         "plain_leaves": plain,
         "aliases": aliases,
         "parameters": {k: v.requires_grad for k, v in exported.state_dict.items() if isinstance(v, torch.nn.Parameter)},
+        "conditions": list(program.conditions),
         "report": program.report.to_dict(),
     }
     try:
@@ -124,6 +127,7 @@ def from_bytes(data: bytes, where: str) -> Program:
         raise ArtifactError(f"{where} is truncated or damaged: {e}. Save the program again.") from e
     about = _about(parts["program.json"], where)
     graph = _checks.checked_graph(parts["graph.json"], where)
+    about["tree"] = plain_nest(about["tree"])
     _checks.check_tree(about["tree"], where, of_inputs=True)
     try:
         stored = tensors_from_bytes(parts["weights.safetensors"])
@@ -149,6 +153,7 @@ def from_bytes(data: bytes, where: str) -> Program:
             name=about["name"],
             precision=about["precision"],
             parent=from_bytes(parts["parent.dr1"], f"{where}:parent.dr1") if "parent.dr1" in parts else None,
+            conditions=_conditions(about, where),
             report=Report.from_dict(about["report"]),
         )
     except ArtifactError as e:
@@ -158,6 +163,17 @@ def from_bytes(data: bytes, where: str) -> Program:
     except Exception as e:  # torch fails on a damaged graph wherever it happens to stumble
         reason = f"{type(e).__name__}: {str(e)[:300]}"
         raise ArtifactError(f"{where} is damaged or of another torch ({about['torch']}): {reason}") from e
+
+
+def _conditions(about: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The conditions on sizes; files of earlier releases have none."""
+    texts = about.get("conditions", [])
+    try:
+        for text in texts:
+            names_of(text)
+    except (TypeError, ValueError) as e:
+        raise ArtifactError(f"{where}: the conditions on sizes are damaged: {e}") from e
+    return tuple(texts)
 
 
 def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

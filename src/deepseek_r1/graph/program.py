@@ -7,8 +7,6 @@ import hashlib
 import inspect
 import math
 import os
-import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +20,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 from ..core import InputError, Report
+from ._foreign_nests import described
+from ._signature import Signature, Slot, flat
 from .quiet import quiet_torch
 
 Args = tuple[Any, ...]
@@ -43,6 +43,7 @@ class Program:
         parent: the float Program a quantised one came from.
         source: the Program a simplified one was made from. Weights that a pass rewrote are copies, so what follows
             training further has to watch the source's weights, and simplify the source again. It is not saved.
+        conditions: what the module's branches asked of the inputs' sizes, over `size_<flat input>_<axis>`.
         report: what the last stage did.
 
     Example:
@@ -59,6 +60,7 @@ class Program:
     precision: str = "fp32"
     parent: Program | None = None
     source: Program | None = None
+    conditions: tuple[str, ...] = ()
     report: Report = field(default_factory=lambda: Report("program"))
 
     @cached_property
@@ -76,75 +78,60 @@ class Program:
         Raises:
             InputError: the inputs do not fit the captured graph; the message gives both.
         """
-        if self._limits and (outside := self.outside(pytree.tree_leaves((args, kwargs)))):
-            raise InputError(self.misfit(args, kwargs) or outside)
+        leaves, tree = flat(args, kwargs, self._keywords)
+        if tree != self.signature.tree or self.signature.outside(leaves):
+            raise InputError(self.signature.misfit(tree, leaves) or "the inputs do not fit.")
         try:
             return self._module(*args, **kwargs)
         except Exception as e:
             # Only a misfit of the inputs is the caller's; everything else is passed on as it is.
-            if misfit := self.misfit(args, kwargs):
+            if misfit := self.signature.misfit(tree, leaves):
                 raise InputError(misfit) from e
             raise
 
-    def misfit(self, args: Args, kwargs: Kwargs) -> str | None:
-        """Why these inputs do not fit, or None if they do."""
-        leaves, tree = pytree.tree_flatten((args, kwargs))
-        expected, expected_tree = pytree.tree_flatten(self.example_inputs)
-        if tree != expected_tree:
-            return f"the program {self.name!r} was captured with inputs {expected_tree}; given {tree}."
-        for number, (given, spec) in enumerate(zip(leaves, self.input_shapes())):
-            if not isinstance(expected[number], torch.Tensor):
-                if type(given) is not type(expected[number]) or given != expected[number]:
-                    name, fixed = self.input_names()[number], expected[number]
-                    return (
-                        f"input {name!r} of {self.name!r} was captured as {fixed!r}, which is fixed; given {given!r}."
-                    )
-                continue
-            if not isinstance(given, torch.Tensor):
-                return f"input {number} of {self.name!r} must be a tensor, given {type(given).__name__}."
-            if given.dtype != expected[number].dtype:
-                return f"input {number} of {self.name!r} has dtype {expected[number].dtype}; given {given.dtype}."
-            fits = len(given.shape) == len(spec) and all(
-                isinstance(s, str) or s == n for s, n in zip(spec, given.shape)
+    @cached_property
+    def signature(self) -> Signature:
+        """What the inputs must look like; prints as `x: float32[s0, 4] on cpu`."""
+        slots = [
+            Slot(name=name, shape=shape, example=example)
+            for name, shape, example in zip(
+                self.input_names(), self.input_shapes(), pytree.tree_leaves(self.example_inputs), strict=True
             )
-            if not fits:
-                return f"input {number} of {self.name!r} has shape {spec}; given {tuple(given.shape)}."
-        return self.outside(leaves) or None
+        ]
+        _, tree = pytree.tree_flatten(self.example_inputs)
+        ranges = {str(symbol): span for symbol, span in self.exported.range_constraints.items()}
+        return Signature(self.name, slots, tree, ranges, self.conditions)
 
     @cached_property
-    def _limits(self) -> list[tuple[int, int, str, int, float]]:
-        """(input, axis, symbol, least, most) of each dynamic size that is bounded or shared with another input."""
-        shapes = self.input_shapes()
-        every = [(i, axis, d) for i, shape in enumerate(shapes) for axis, d in enumerate(shape) if isinstance(d, str)]
-        count = Counter(symbol for _, _, symbol in every)
-        ranges = {str(symbol): span for symbol, span in self.exported.range_constraints.items()}
-        found = []
-        for number, axis, symbol in every:
-            span = ranges.get(symbol)
-            # torch takes every size for at least 2 while it captures; only a larger bound comes from the model.
-            low = int(span.lower) if span is not None and span.lower > 2 else 0
-            high = int(span.upper) if span is not None and span.upper < sys.maxsize - 1 else math.inf
-            if low or high < math.inf or count[symbol] > 1:
-                found.append((number, axis, symbol, low, high))
-        return found
+    def _keywords(self) -> tuple[str, ...]:
+        return tuple(self.example_inputs[1])
+
+    def misfit(self, args: Args, kwargs: Kwargs) -> str | None:
+        """Why these inputs do not fit, or None if they do."""
+        leaves, tree = flat(args, kwargs, self._keywords)
+        return self.signature.misfit(tree, leaves)
 
     def outside(self, leaves: Sequence[Any]) -> str:
-        """Why the sizes of flat inputs are not among those that the graph holds for; empty if they are.
+        """Why flat inputs (dtype, rank, sizes) are not among those that the graph holds for; empty if they are.
 
         The module may have taken another branch for them, so that the graph would answer wrongly without an error.
         """
-        sizes: dict[str, int] = {}
-        for number, axis, symbol, low, high in self._limits:
-            shape = getattr(leaves[number], "shape", ()) if number < len(leaves) else ()
-            if axis >= len(shape):
-                return f"input {number} of {self.name!r} needs at least {axis + 1} dimensions; given {tuple(shape)}."
-            size = shape[axis]
-            if not low <= size <= high:
-                span = f"at least {low}" if high == math.inf else f"{low} to {high}"
-                return f"dimension {axis} of input {number} of {self.name!r} must be {span}; given {size}."
-            if sizes.setdefault(symbol, size) != size:
-                return f"the inputs of {self.name!r} must agree in the size {symbol}: {sizes[symbol]} against {size}."
-        return ""
+        return self.signature.outside(leaves)
+
+    def updates(self) -> tuple[list[str], list[str]]:
+        """What running the graph changes: names of the module's buffers, and of inputs."""
+        changes = self.exported.graph_signature
+        names = {**changes.inputs_to_buffers, **changes.inputs_to_parameters}
+        held = {str(n.name): names[str(n.name)] for n in self.exported.graph.nodes if str(n.name) in names}
+        found = {*changes.buffers_to_mutate.values()}
+        inputs = {*changes.user_inputs_to_mutate.values()}
+        for node in self.exported.graph.nodes:
+            for name in _written(node):
+                if name in held:
+                    found.add(held[name])
+                elif name in changes.user_inputs:
+                    inputs.add(name)
+        return sorted(found), sorted(inputs)
 
     def _user_inputs(self) -> list[Node]:
         nodes = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
@@ -166,16 +153,18 @@ class Program:
 
     def dynamic_shapes(self) -> Any:
         """The `dynamic_shapes` argument with which torch.export captures this graph again."""
-        leaves, tree = pytree.tree_flatten(self.example_inputs)
+        leaves = pytree.tree_leaves(self.example_inputs)
         # A new capture sees the graph, not the module, so it must be told what the module's branches allow.
-        bounds = {(i, axis): (low, high) for i, axis, _, low, high in self._limits if low or high < math.inf}
+        limits = self.signature.limits
+        bounds = {(i, axis): (low, high) for i, axis, _, low, high in limits if low or high < math.inf}
         specs = [
             {axis: _dim(*bounds.get((i, axis), (0, math.inf))) for axis, d in enumerate(shape) if isinstance(d, str)}
             if isinstance(leaf, torch.Tensor)
             else None
             for i, (leaf, shape) in enumerate(zip(leaves, self.input_shapes()))
         ]
-        args, kwargs = pytree.tree_unflatten(specs, tree)
+        rest = iter(specs)
+        args, kwargs = described(self.example_inputs, lambda _: next(rest))
         if not kwargs:
             return args
         # torch.export wants one mapping by argument name as soon as keywords are in play.
@@ -213,6 +202,18 @@ class Program:
         from ._container import load
 
         return load(path)
+
+
+def _written(node: Node) -> list[str]:
+    """Names of the values that an operator writes into."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    named = zip(node.target._schema.arguments, node.args)
+    written = [v.name for a, v in named if a.alias_info is not None and a.alias_info.is_write and isinstance(v, Node)]
+    # Batch normalisation in training writes its statistics, which its schema does not say.
+    if node.target is torch.ops.aten.batch_norm.default and len(node.args) > 5 and node.args[5] is True:
+        written += [v.name for v in node.args[3:5] if isinstance(v, Node)]
+    return written
 
 
 def _dim(low: int, high: float) -> Any:
