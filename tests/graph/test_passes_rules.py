@@ -351,7 +351,7 @@ def weights():
     ],
 )  # fmt: skip
 def test_norms_get_their_name_back(function, name):
-    _, after = run(function, torch.randn(2, 3, 8), **weights())
+    _, after = run(function, torch.randn(2, 3, 8), dynamic={"x": {0: "batch"}}, **weights())
     assert targets(after) == [name]
     assert set(after.exported.state_dict) <= {"w", "b"}
 

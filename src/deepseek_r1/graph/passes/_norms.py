@@ -47,9 +47,11 @@ def name_norms(module: GraphModule) -> int:
 
 
 def _replace(module: GraphModule, node: Node, x: Node, spread: _Spread, is_layer_norm: bool) -> bool:
-    shape = x.meta["val"].shape[-len(spread.dims) :]
-    if not x.meta["val"].is_floating_point() or not all(isinstance(size, int) for size in shape):
+    # A size that another operator fixed is a symbol still, but reads as a number.
+    texts = sizes(x)[-len(spread.dims) :]
+    if not x.meta["val"].is_floating_point() or not all(text.isdigit() for text in texts):
         return False
+    shape = [int(text) for text in texts]
     top, weight = _affine(node, aten.mul.Tensor, shape)
     bias = None
     if is_layer_norm and weight is not None:
@@ -57,9 +59,9 @@ def _replace(module: GraphModule, node: Node, x: Node, spread: _Spread, is_layer
     if not Aliases(module).stable(node, top, weight, bias):
         return False
     if is_layer_norm:
-        new = add_call(top, aten.layer_norm.default, (x, list(shape), weight, bias, spread.eps))
+        new = add_call(top, aten.layer_norm.default, (x, shape, weight, bias, spread.eps))
     else:
-        new = add_call(top, aten.rms_norm.default, (x, list(shape), weight, spread.eps))
+        new = add_call(top, aten.rms_norm.default, (x, shape, weight, spread.eps))
     if new.meta["val"].dtype != top.meta["val"].dtype:
         module.graph.erase_node(new)
         return False
