@@ -410,7 +410,8 @@ CAUSAL = torch.ones(5, 7, dtype=torch.bool).tril()
 )
 def test_attention_gets_its_name_back(function):
     least = torch.tensor(torch.finfo(torch.float32).min)
-    _, after = run(function, *qkv(), causal=CAUSAL, bias=torch.randn(2, 5, 7), least=least)
+    axes = {name: {0: "batch"} for name in "xyz"}
+    _, after = run(function, *qkv(), dynamic=axes, causal=CAUSAL, bias=torch.randn(2, 5, 7), least=least)
     assert targets(after).count(aten.scaled_dot_product_attention.default) == 1
     assert not {aten.softmax.int, aten.matmul.default} & set(targets(after))
 
@@ -426,6 +427,12 @@ def test_attention_with_a_mask_that_depends_on_the_length():
     torch.testing.assert_close(after(*inputs), program(*inputs))
     assert aten.scaled_dot_product_attention.default in targets(after)
     assert after.input_shapes()[0][1] == 2
+
+
+def test_attention_of_any_width_stays():
+    axes = {name: {0: "batch", 3: name} for name in "xyz"}
+    _, after = run(lambda m, q, k, v: attend(q, k, v), *qkv(), dynamic=axes)
+    assert aten.softmax.int in targets(after)
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,9 @@ def _fits(query: Node, key: Node, value: Node, is_flipped: bool) -> bool:
     if not query.meta["val"].is_floating_point() or not len(q) == len(k) == len(v) == 4:
         return False
     k = k if is_flipped else (*k[:2], k[3], k[2])
-    return q[:2] == k[:2] == v[:2] and q[3] == k[3] and k[2] == v[2]
+    # Kernels are chosen by whether the widths are equal, which must not be left open.
+    known = q[3] == v[3] or (q[3].isdigit() and v[3].isdigit())
+    return known and q[:2] == k[:2] == v[:2] and q[3] == k[3] and k[2] == v[2]
 
 
 def _mask_fits(mask: _Mask, scores: Node) -> bool:

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch.fx import GraphModule
 
 from ...core import CaptureError, ConfigError, Report
+from .._memory_plan import buffer_plan
 from ..editing import constant_of, rewrite, sizes_held
 from ..program import Program
 from . import _batch_norm
@@ -77,10 +78,9 @@ def simplify(program: Program, passes: Sequence[str] | None = None, *, strict: b
         if strict:
             raise
         # From the start, because the graph that the pass left behind is of no use.
-        rest = [name for name in names if name != wrong.name] if wrong.name else []
-        result = simplify(program, rest, strict=False)
+        result = simplify(program, [name for name in names if name != wrong.suspect], strict=False)
         report = copy.deepcopy(result.report)
-        report.skip(f"pass {wrong.name}" if wrong.name else "passes", str(wrong))
+        report.skip(f"pass {wrong.suspect}", str(wrong))
         return replace(result, report=report)
 
 
@@ -93,11 +93,12 @@ def fold_batch_norm(program: Program) -> Program:
 
 
 class _WrongPassError(CaptureError):
-    """A pass changed the answers; no name means that only all passes together could be blamed."""
+    """A pass changed the answers; or all of them did together, and then the last one is the first to be left out."""
 
-    def __init__(self, name: str, what: str) -> None:
-        super().__init__(f"the pass {name!r} {what}; it is not used." if name else f"the passes together {what}.")
-        self.name = name
+    def __init__(self, suspect: str, what: str, *, is_sure: bool = True) -> None:
+        who = f"the pass {suspect!r}" if is_sure else f"the passes up to {suspect!r} together"
+        super().__init__(f"{who} {what}; it is not used.")
+        self.suspect = suspect
 
 
 def _is_quantised(program: Program) -> bool:
@@ -107,7 +108,7 @@ def _is_quantised(program: Program) -> bool:
 def _simplified(program: Program, names: list[str], report: Report) -> Program:
     original: Any = program.exported.module(check_guards=False)
     judge = _LazyJudge(original, pytree.tree_leaves(program.example_inputs))
-    allowed = [TOLERANCE]
+    allowed, applied = [TOLERANCE], [""]
 
     def change(module: GraphModule) -> int:
         total = 0
@@ -117,6 +118,7 @@ def _simplified(program: Program, names: list[str], report: Report) -> Program:
             if not places:
                 continue
             total += places
+            applied.append(name)
             # A new weight is rounded once to its own type; nothing else may change the answers.
             allowed.append(max(TOLERANCE, *(8 * eps for eps in _roundings(module, known)), 0.0))
             how = f"{places} {'place' if places == 1 else 'places'}"
@@ -130,14 +132,26 @@ def _simplified(program: Program, names: list[str], report: Report) -> Program:
     except _WrongPassError:
         raise
     except Exception as e:
-        raise _WrongPassError("", f"left a graph that cannot be captured again ({_first_line(e)})") from e
+        what = f"left a graph that cannot be captured again ({_first_line(e)})"
+        raise _WrongPassError(applied[-1], what, is_sure=False) from e
     if after is program:
         return program
     if judge().why_not:
         report.skip("float64", f"the passes were verified in the program's own types ({judge().why_not})")
     if reason := _broken(program, after, 100 * max(allowed)):
-        raise _WrongPassError("", reason)
+        raise _WrongPassError(applied[-1], reason, is_sure=False)
+    _add_memory(report, program, after)
     return after
+
+
+def _add_memory(report: Report, before: Program, after: Program) -> None:
+    try:
+        old, new = buffer_plan(before), buffer_plan(after)
+    except CaptureError as e:
+        report.skip("activations", str(e))
+        return
+    how = f"values between operators in one arena, at the example's size; side by side {new.total_bytes:,} bytes"
+    report.add("activations, planned", new.arena_bytes, before=old.arena_bytes, unit="bytes", how=how)
 
 
 class _LazyJudge:
