@@ -25,6 +25,7 @@ from .quiet import quiet_torch
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +40,8 @@ class Program:
         example_inputs: positional and keyword inputs it was captured with.
         precision: a name from `core.formats.PRECISIONS`.
         parent: the float Program a quantised one came from.
+        source: the Program a simplified one was made from. Weights that a pass rewrote are copies, so what follows
+            training further has to watch the source's weights, and simplify the source again. It is not saved.
         conditions: what the module's branches asked of the inputs' sizes, over `size_<flat input>_<axis>`.
         report: what the last stage did.
 
@@ -55,6 +58,7 @@ class Program:
     name: str = "model"
     precision: str = "fp32"
     parent: Program | None = None
+    source: Program | None = None
     conditions: tuple[str, ...] = ()
     report: Report = field(default_factory=lambda: Report("program"))
 
@@ -203,18 +207,20 @@ def _dim(low: int, high: float) -> Any:
 def float64_module(program: Program) -> GraphModule:
     """A deep copy of the graph that computes in float64: the reference that float32 answers are judged by.
 
-    The user's own parameters are left alone. Casts to float32 inside the graph become casts to float64.
+    The user's own parameters are left alone. Casts to float32 or less inside the graph become casts to float64.
     """
     with quiet_torch():
-        module: GraphModule = copy.deepcopy(program.exported.module(check_guards=False))  # type: ignore[assignment]
-    module.double()
+        return float64_copy(program.exported.module(check_guards=False))  # type: ignore[arg-type]
+
+
+def float64_copy(module: GraphModule) -> GraphModule:
+    """A deep copy of a graph, with everything inside it in float64."""
+    module = copy.deepcopy(module).double()
     for part in module.modules():
         if not isinstance(part, GraphModule):
             continue
         for node in part.graph.nodes:
-            swap = lambda v: torch.float64 if v is torch.float32 else v  # noqa: E731
-            node.args = pytree.tree_map(swap, node.args)
-            node.kwargs = pytree.tree_map(swap, node.kwargs)
+            node.args, node.kwargs = as_double((node.args, node.kwargs))
         part.recompile()
     return module
 
@@ -222,3 +228,9 @@ def float64_module(program: Program) -> GraphModule:
 def to_float64(values: Any) -> Any:
     """The same nest of values with floating-point tensors in float64."""
     return pytree.tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, values)
+
+
+def as_double(values: Any) -> Any:
+    """`to_float64` for the arguments of a call: the narrower types that it names become float64 too."""
+    swap = lambda v: torch.float64 if v in _NARROW else v  # noqa: E731
+    return to_float64(pytree.tree_map_only(torch.dtype, swap, values))
