@@ -8,13 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from ._build import BuildError, MissingCompilerError, build_op, include_dir
+from ._library import Attribute, Description, describe
 from ._register import CustomOp, libraries, register_custom_op, registered, registered_names
 
 __all__ = [
+    "Attribute",
     "BuildError",
     "CustomOp",
+    "Description",
     "MissingCompilerError",
     "build_op",
+    "describe",
     "include_dir",
     "libraries",
     "register_custom_op",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import DeepSeekError, InputError, atomic
+from ._library import own_machine
 
 _ENDINGS = (".cc", ".cpp", ".cxx", ".cu", ".c++")
 _TARGETS = ("x86_64", "aarch64")
@@ -111,7 +111,7 @@ def plan(
         raise InputError(f"{file}: a C++ source ends in {', '.join(_ENDINGS)}.")
     if target is not None and target not in _TARGETS:
         raise InputError(f"target={target!r}: one of {', '.join(_TARGETS)} is needed.")
-    own = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+    own = own_machine()
     cross = target if target != own else None
     cuda = cuda or file.suffix == ".cu"
     if cuda and cross:

@@ -80,7 +80,13 @@ class Kernels:
             into = [t if w else None for t, w in zip(found, wanted)]
             self._run(BACKWARD, [*gradients, *inputs, *outputs, *into], attributes)
             return found
-        full = torch.broadcast_shapes(*[t.shape for t in (*inputs, *gradients)])
+        try:
+            full = torch.broadcast_shapes(*[t.shape for t in (*inputs, *gradients)])
+        except RuntimeError as e:
+            raise InputError(
+                f"the operator {self.name!r} changes shapes, so that its derivative cannot be found; give it a "
+                "backward(...)"
+            ) from e
         shares: list[list[torch.Tensor | None]] = []
         for x, place, w in zip(inputs, found, wanted):
             if not w:

@@ -28,7 +28,6 @@ _SYMBOLS = ("dr1_abi_version", "dr1_op_count", "dr1_op_describe", "dr1_op_shape"
 #: dr1_tensor: data, sizes, strides, ndim, dtype, device type, device index.
 _TENSOR = struct.Struct(f"=Q{MAX_DIMS}q{MAX_DIMS}q4i")
 _MACHINES = {3: "i386", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
-_SAME = {"amd64": "x86_64", "arm64": "aarch64"}
 _PADDING = [0] * MAX_DIMS
 _ERROR_BYTES = 2048
 
@@ -162,6 +161,11 @@ class Library:
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{self.path}: operator {number} does not describe itself rightly: {e}.") from e
 
+    @property
+    def descriptions(self) -> list[Description]:
+        """The operators, in the order they were registered."""
+        return [about for _, about in self.ops.values()]
+
     def shape(self, op: str, ndims: Sequence[int], attributes: Sequence[Any]) -> str:
         """What the operator's shape function writes for inputs of these numbers of dimensions."""
         number, description = self.ops[op]
@@ -228,6 +232,33 @@ def _plain(name: Any) -> str:
     return name
 
 
+def describe(path: str | os.PathLike[str]) -> list[Description] | None:
+    """The operators of a library, which is loaded for that; None if it was built for another kind of machine.
+
+    Raises:
+        InputError: no library of operators.
+    """
+    if machine_of(Path(path)) not in (None, own_machine()):
+        return None
+    return Library(path).descriptions
+
+
+def own_machine() -> str:
+    """This machine's architecture, as Linux names it."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def machine_of(path: Path) -> str | None:
+    """The architecture that an ELF file was built for; None if it is no such file."""
+    with path.open("rb") as f:
+        head = f.read(20)
+    if len(head) < 20 or head[:4] != b"\x7fELF":
+        return None
+    number = int.from_bytes(head[18:20], "little")
+    return _MACHINES.get(number, f"machine {number}")
+
+
 def check_file(path: Path) -> None:
     """Raise InputError unless `path` is a whole shared library for this machine. Runs nothing of it."""
     if not path.is_file():
@@ -240,11 +271,9 @@ def check_file(path: Path) -> None:
             raise InputError(f"{path} is no shared library (no ELF file). Give what `deepseek-r1 build-op` wrote.")
         if len(head) < 64 or head[4] != 2 or head[5] != 1:
             raise InputError(f"{path} is truncated, or no 64-bit little-endian library.")
-        kind, machine = struct.unpack_from("<HH", head, 16)
-        own = _SAME.get(platform.machine().lower(), platform.machine().lower())
-        built_for = _MACHINES.get(machine, f"machine {machine}")
-        if built_for != own:
-            raise InputError(f"{path} was built for {built_for}, this machine is {own}; build it for this one.")
+        if (built_for := machine_of(path)) != own_machine():
+            raise InputError(f"{path} was built for {built_for}, this machine is {own_machine()}; build it for this one.")
+        (kind,) = struct.unpack_from("<H", head, 16)
         if kind != 3:
             raise InputError(f"{path} is no shared library (ELF type {kind}); link it with -shared.")
         # A segment beyond the end of the file would end the process as soon as the loader touches it.

@@ -186,11 +186,11 @@ def _define(kernels: Kernels) -> Callable[..., Any]:
     one = about.outputs == 1
 
     def run(*args: Any) -> Any:
-        outputs = kernels.forward(args[:n], args[n:])
+        outputs = kernels.forward(args[:n], _filled(about, args[n:]))
         return outputs[0] if one else tuple(outputs)
 
     def traced(*args: Any) -> Any:
-        outputs = kernels.allocate(args[:n], args[n:])
+        outputs = kernels.allocate(args[:n], _filled(about, args[n:]))
         return outputs[0] if one else tuple(outputs)
 
     def run_backward(gradients: Any, inputs: Any, outputs: Any, *rest: Any) -> Any:
@@ -209,6 +209,11 @@ def _define(kernels: Kernels) -> Callable[..., Any]:
     return function
 
 
+def _filled(about: Description, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All attributes: torch leaves out what equals its default, from the end."""
+    return (*given, *[a.default for a in about.attributes[len(given) :]])
+
+
 def _define_autograd(scope: torch.library.Library, about: Description) -> None:
     n = about.inputs
     backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{about.name}_backward").default
@@ -216,7 +221,7 @@ def _define_autograd(scope: torch.library.Library, about: Description) -> None:
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = (output,) if about.outputs == 1 else tuple(output)
         ctx.save_for_backward(*inputs[:n], *(outputs if about.backward else ()))
-        ctx.attributes = inputs[n:]
+        ctx.attributes = _filled(about, inputs[n:])
 
     def gradients(ctx: Any, *incoming: torch.Tensor) -> Any:
         saved = ctx.saved_tensors
@@ -224,4 +229,8 @@ def _define_autograd(scope: torch.library.Library, about: Description) -> None:
         found = backward_op(list(incoming), list(saved[:n]), list(saved[n:]), *ctx.attributes, wanted)
         return (*[g if w else None for g, w in zip(found, wanted)], *[None] * len(about.attributes))
 
+    def no_more(ctx: Any, *incoming: Any) -> Any:
+        raise InputError(f"the operator {about.name!r} can be differentiated once; its second derivative is not known.")
+
     torch.library.register_autograd(f"{NAMESPACE}::{about.name}", gradients, setup_context=keep, lib=scope)
+    torch.library.register_autograd(f"{NAMESPACE}::{about.name}_backward", no_more, lib=scope)

@@ -194,7 +194,7 @@ class Walk {
     C best = std::numeric_limits<C>::has_infinity ? -std::numeric_limits<C>::infinity()
                                                   : std::numeric_limits<C>::lowest();
     for (int64_t j = 0; j < width; j += n_) {
-      block(j, most(std::min<int64_t>(width - j, 4096)));
+      block(j, most(std::min<int64_t>(width - j, 2 * BLOCK)));
       a.seek(*this);
       if constexpr (F::sum) {
         total += sum<C>(a, n_);
