@@ -96,7 +96,9 @@ def test_lower_precisions(operators, dtype):
     operators.blend(*exact).sum().backward()
     for t, e in zip(given, exact):
         assert t.grad.dtype == dtype
-        torch.testing.assert_close(t.grad.double(), e.grad, rtol=4 * torch.finfo(dtype).eps, atol=1e-2 if dtype != torch.float32 else 1e-4)
+        torch.testing.assert_close(
+            t.grad.double(), e.grad, rtol=4 * torch.finfo(dtype).eps, atol=1e-2 if dtype != torch.float32 else 1e-4
+        )
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,9 @@ def test_sixteen_bit_types_are_rounded_to_even(scalars):
     x = every_float(4001)
     # Halfway cases of both types as well.
     steps = np.arange(2**16, dtype=np.uint32)
-    x = np.concatenate([x, ((steps << 16) + 0x8000).view(np.float32), ((steps << 13) + 0x1000 + 0x38000000).view(np.float32)])
+    x = np.concatenate(
+        [x, ((steps << 16) + 0x8000).view(np.float32), ((steps << 13) + 0x1000 + 0x38000000).view(np.float32)]
+    )
     half, brain = np.empty(x.size, np.uint16), np.empty(x.size, np.uint16)
     call(scalars.to_half, x, half, brain)
     tensor = torch.from_numpy(x)

@@ -120,6 +120,7 @@ def plan(
     if out.resolve() == file.resolve() or out.is_dir():
         raise InputError(f"the library cannot be written to {out}; give another name.")
     found = _compiler(compiler, "cuda" if cuda else cross or "native")
+    start: tuple[str, ...]
     if cuda:
         arch = f"-arch={march or 'native'}"
         host = ",".join((*_FLAGS, *_tuning("native", own)))

@@ -12,7 +12,18 @@ from typing import Any
 import torch
 
 from ..core import InputError
-from ._library import BACKWARD, DERIVATIVE, DTYPES, FORWARD, MAX_DIMS, NO_TENSOR, Description, Library, Team, pack_tensor
+from ._library import (
+    BACKWARD,
+    DERIVATIVE,
+    DTYPES,
+    FORWARD,
+    MAX_DIMS,
+    NO_TENSOR,
+    Description,
+    Library,
+    Team,
+    pack_tensor,
+)
 from ._shapes import output_shapes
 
 _NUMBER = {getattr(torch, name): i for i, name in enumerate(DTYPES)}
@@ -131,7 +142,7 @@ class Kernels:
                 raise InputError(f"{what} is on {t.device}, input 0 on {first.device}; put them on one device.")
         if first.device.type not in (*self.about.devices, "meta"):
             raise InputError(
-                f"the operator {self.name!r} runs on {', '.join(self.about.devices)}, its inputs are on {first.device}. "
+                f"the operator {self.name!r} runs on {' and '.join(self.about.devices)}, not on {first.device}. "
                 + ("Build its library with --cuda." if first.device.type == "cuda" else "Move the inputs.")
             )
 

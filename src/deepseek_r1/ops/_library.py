@@ -179,7 +179,7 @@ class Library:
 
     def run(
         self, op: str, which: int, tensors: Sequence[bytes], attributes: Sequence[Any], *,
-        threads: int, stream: int = 0, team: Team = Team(),  # noqa: B008  (frozen)
+        threads: int, stream: int = 0, team: Team = Team(),
     ) -> None:  # fmt: skip
         """One pass over packed tensors. Raises InputError with the operator's own message."""
         number, description = self.ops[op]
@@ -272,7 +272,9 @@ def check_file(path: Path) -> None:
         if len(head) < 64 or head[4] != 2 or head[5] != 1:
             raise InputError(f"{path} is truncated, or no 64-bit little-endian library.")
         if (built_for := machine_of(path)) != own_machine():
-            raise InputError(f"{path} was built for {built_for}, this machine is {own_machine()}; build it for this one.")
+            raise InputError(
+                f"{path} was built for {built_for}, this machine is {own_machine()}; build it for this one."
+            )
         (kind,) = struct.unpack_from("<H", head, 16)
         if kind != 3:
             raise InputError(f"{path} is no shared library (ELF type {kind}); link it with -shared.")
@@ -286,4 +288,6 @@ def check_file(path: Path) -> None:
     for i in range(count):
         start, _, _, length = struct.unpack_from("<QQQQ", table, i * size + 8)
         if start + length > whole:
-            raise InputError(f"{path} is truncated: {whole} bytes, its parts reach to {start + length}. Build it again.")
+            raise InputError(
+                f"{path} is truncated: {whole} bytes, its parts reach to {start + length}. Build it again."
+            )

@@ -36,7 +36,9 @@ class CustomOp(torch.nn.Module):
         super().__init__()
         known = {a.name: a for a in self.about.attributes}
         if unknown := sorted(set(attributes) - set(known)):
-            raise InputError(f"{type(self).__name__} has no attribute {unknown[0]!r}; it has {sorted(known) or 'none'}.")
+            raise InputError(
+                f"{type(self).__name__} has no attribute {unknown[0]!r}; it has {sorted(known) or 'none'}."
+            )
         self.attributes = {
             name: _converted(a, attributes.get(name, a.default), type(self).__name__) for name, a in known.items()
         }
@@ -163,7 +165,7 @@ def _converted(attribute: Attribute, value: Any, where: str) -> float | int | bo
     right = isinstance(value, allowed[attribute.kind]) and isinstance(value, bool) == (attribute.kind == "bool")
     if not right:
         raise InputError(f"{where}({attribute.name}={value!r}): a {attribute.kind} is needed.")
-    return {"float": float, "int": int, "bool": bool}[attribute.kind](value)
+    return float(value) if attribute.kind == "float" else value  # type: ignore[no-any-return]
 
 
 def _schemas(about: Description) -> tuple[str, str]:
