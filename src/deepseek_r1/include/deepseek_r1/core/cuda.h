@@ -147,7 +147,7 @@ __global__ void one_tensor(E e, const T* in, T* out, int64_t n) {
 }
 
 template <class C, class T, int L, class E>
-__global__ void elements(const Plan<L> plan, E e) {
+__global__ void elements(const __grid_constant__ Plan<L> plan, E e) {
   Place<C, T, L> place{plan, {}};
   const int64_t n = plan.rows * plan.width;
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
@@ -203,7 +203,7 @@ struct BlockFold {
 };
 
 template <class C, class T, int L, class E>
-__global__ void rows(const Plan<L> plan, E e) {
+__global__ void rows(const __grid_constant__ Plan<L> plan, E e) {
   Place<C, T, L> place{plan, {}};
   BlockFold<C, T, L> fold{place};
   for (int64_t row = blockIdx.x; row < plan.rows; row += gridDim.x) {
