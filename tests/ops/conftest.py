@@ -55,6 +55,11 @@ def operators(built):
     return ops
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()

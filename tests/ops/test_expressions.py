@@ -153,7 +153,9 @@ def test_row_reductions_of_strided_rows(gated_norm, two_threads):
 def test_a_reduction_inside_another(operators, dtype):
     x = (torch.randn(11, 777) * 10).to(dtype)
     expected = x.double().softmax(-1)
-    torch.testing.assert_close(operators.RowSoftmax()(x).double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+    # An exponent of 80 has that many times the rounding error of 1.
+    rtol = 100 * torch.finfo(dtype).eps if dtype != torch.bfloat16 else 1e-2
+    torch.testing.assert_close(operators.RowSoftmax()(x).double(), expected, rtol=rtol, atol=1e-30)
     x[3, 5] = float("nan")
     assert operators.RowSoftmax()(x)[3].isnan().all()
     assert not operators.RowSoftmax()(x)[4].isnan().any()
