@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from . import measure as measure
     from . import models as models
     from . import nn as nn
+    from . import ops as ops
     from . import quantization as quantization
     from . import runtime as runtime
     from . import train as train

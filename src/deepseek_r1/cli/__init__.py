@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from . import _frame
+from .build_op import build_op as _build_op
 from .cache import cache as _cache
 from .doctor import doctor as _doctor
 from .export import export as _export
@@ -39,7 +40,7 @@ def _every_verb(
     _frame.show_traceback(traceback)
 
 
-for _command in (_run, _train, _optimize, _quantize, _export, _trace, _cache, _doctor, _version):
+for _command in (_run, _train, _optimize, _quantize, _export, _trace, _build_op, _cache, _doctor, _version):
     app.command()(_command)
 
 

@@ -44,8 +44,8 @@ TORCH_OPTIM = frozenset(_OPTIM_NAMES.split())
 
 #: Rooms of the package that are reachable as attributes before anybody imported them.
 ROOMS = (
-    "core", "data", "deploy", "engines", "graph", "measure", "models", "nn", "quantization", "recipes", "runtime",
-    "train",
+    "core", "data", "deploy", "engines", "graph", "measure", "models", "nn", "ops", "quantization", "recipes",
+    "runtime", "train",
 )  # fmt: skip
 
 #: Own public names: name -> "module:attribute". The same table serves `deepseek_r1` and `deepseek`.
