@@ -12,11 +12,13 @@ import importlib.util
 import os
 import re
 import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx.inliner
+import onnx.numpy_helper
 import torch
 from google.protobuf.message import DecodeError
 from torch import fx
@@ -83,9 +85,6 @@ def load_tensorflow(
         module = _module(model, function, title)
         report = Report(f"from_tensorflow {title}", facts={"tensorflow": tf.__version__, "signature": name})
         report.add("parameters", sum(p.numel() for p in module.parameters()), how="numbers, after folding")
-        unused = sorted(set(function.structured_input_signature[1]) - set(module.meta["input_names"]))
-        if unused:
-            report.note(f"the outputs do not depend on the inputs {', '.join(unused)}, which were left out")
         compare_with(
             _source(tf, function, module, model, title),
             lambda feeds: _as_list(module(*feeds)),
@@ -178,34 +177,9 @@ def _as_onnx(tf: Any, function: Any, title: str) -> onnx.ModelProto:
         raise UnsupportedOpError(
             f"{title}: tf2onnx cannot write it as ONNX: {type(e).__name__}: {first_line(e)}"
         ) from e
-    for output, name in zip(model.graph.output, sorted(function.structured_outputs), strict=True):
-        _rename_output_(model.graph, output.name, name)
-    _rename_weights_(model.graph)
+    captured = {inside.name: outside for outside, inside in function.graph.captures}
+    _tidy_(model.graph, captured, sorted(function.structured_outputs))
     return onnx.inliner.inline_local_functions(model) if model.functions else model
-
-
-def _rename_output_(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """Changes the graph. A name that is taken already is left to a node that copies."""
-    taken = {name for node in graph.node for name in (*node.input, *node.output)} | {i.name for i in graph.input}
-    output = next(o for o in graph.output if o.name == old)
-    if new in taken or new == old:
-        return
-    graph.node.append(onnx.helper.make_node("Identity", [old], [new], name=new))
-    output.name = new
-
-
-def _rename_weights_(graph: onnx.GraphProto) -> None:
-    """Changes the graph: variables get the paths of their layers, without the steps by which TensorFlow reads them."""
-    names: dict[str, str] = {}
-    for weight in graph.initializer:
-        plain = weight.name.removeprefix("StatefulPartitionedCall/")
-        plain = re.sub(r"(/Cast)?/ReadVariableOp(_\d+)?:0$", "", plain).removesuffix(":0").replace("/", ".")
-        while plain in names.values():
-            plain += "_"
-        names[weight.name] = weight.name = plain
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = names.get(name, name)
 
 
 def _module(model: onnx.ModelProto, function: Any, title: str) -> fx.GraphModule:
@@ -222,6 +196,66 @@ def _module(model: onnx.ModelProto, function: Any, title: str) -> fx.GraphModule
         raise UnsupportedOpError(f"{title}: {e}{advice}") from e
 
 
+def _tidy_(graph: onnx.GraphProto, captured: Mapping[str, Any], outputs: Sequence[str]) -> None:
+    """Changes the graph: constants in place of captured tensors, no Erfc, and names that people gave."""
+    for info in [i for i in graph.input if i.name in captured]:
+        # Tensors that a Keras layer holds beside its variables come as inputs of the frozen graph.
+        graph.initializer.append(onnx.numpy_helper.from_array(captured[info.name].numpy(), info.name))
+        graph.input.remove(info)
+    nodes = [part for node in graph.node for part in (_without_erfc(node) if node.op_type == "Erfc" else [node])]
+    taken = {name for node in nodes for name in (*node.input, *node.output)} | {i.name for i in graph.input}
+    for output, name in zip(graph.output, outputs, strict=True):
+        if name not in taken:
+            nodes.append(onnx.helper.make_node("Identity", [output.name], [name], name=name))
+            output.name = name
+    names = _weight_names(graph, nodes)
+    for weight in graph.initializer:
+        weight.name = names[weight.name]
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            node.input[i] = names.get(name, name)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _without_erfc(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """1 - erf(x): ONNX has no Erfc, which is in TensorFlow's GELU."""
+    one, erf = f"{node.name}/one", f"{node.name}/erf"
+    return [
+        onnx.helper.make_node("Constant", [], [one], value_float=1.0),
+        onnx.helper.make_node("Erf", list(node.input), [erf], name=erf),
+        onnx.helper.make_node("Sub", [one, erf], list(node.output), name=node.name),
+    ]
+
+
+#: What a weight is to the operator that takes it, by place.
+_PLACES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), ("", "weight", "bias")),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), ("", "input_weight", "state_weight", "bias")),
+}
+
+
+def _weight_names(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> dict[str, str]:
+    """A new name for each initializer: its layer's path, without the steps by which TensorFlow reads a variable."""
+    users = {name: (node, place) for node in reversed(nodes) for place, name in enumerate(node.input)}
+    names: dict[str, str] = {}
+    for weight in graph.initializer:
+        plain = weight.name
+        if re.fullmatch(r"\w+__\d+", plain) and plain in users:
+            # tf2onnx made it, out of several as a rule: it is named by what takes it.
+            node, place = users[plain]
+            places = _PLACES.get(node.op_type, ())
+            plain = f"{node.name}/{places[place] if place < len(places) else f'value_{place}'}"
+        plain = plain.removeprefix("StatefulPartitionedCall/")
+        plain = re.sub(r"/(Cast|MatMul|Conv2D|convolution)/ReadVariableOp(_\d+)?:0$", "/kernel", plain)
+        plain = re.sub(r"/BiasAdd/ReadVariableOp(_\d+)?:0$", "/bias", plain)
+        plain = re.sub(r"/ReadVariableOp(_\d+)?:0$", "", plain).removesuffix(":0").replace("/", ".")
+        while plain in names.values():
+            plain += "_"
+        names[weight.name] = plain
+    return names
+
+
 def _as_list(outputs: Any) -> list[torch.Tensor]:
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
@@ -236,12 +270,9 @@ def _source(tf: Any, function: Any, module: fx.GraphModule, model: onnx.ModelPro
         if dims is None:
             raise InputError(f"{title}: the rank of the input {name!r} is open; save a signature that fixes it.")
         inputs.append((name, dims, specs[name].dtype.name))
-    # What does not reach the outputs still has to be given.
-    unused = {n: s for n, s in specs.items() if n not in module.meta["input_names"]}
 
     def run(feeds: list[Array]) -> list[Array]:
         values = {name: tf.constant(v) for (name, _, _), v in zip(inputs, feeds, strict=True)}
-        values |= {n: tf.zeros([d or 2 for d in s.shape], s.dtype) for n, s in unused.items()}
         outputs = function(**values)
         return [outputs[name].numpy() for name in sorted(outputs)]
 
