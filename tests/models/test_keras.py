@@ -358,7 +358,7 @@ def test_a_converted_module_trains(make):
     module.train()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     losses = []
-    for _ in range(20):
+    for _ in range(40):
         loss = torch.nn.functional.cross_entropy(module(inputs), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -544,12 +544,12 @@ SCRIPT = """
     import os, sys
     import deepseek_r1.models
     assert "keras" not in sys.modules
-    before = dict(os.environ)
+    before = os.environ.get("KERAS_BACKEND")
     try:
         print(deepseek_r1.models.load_keras("net.keras").meta["report"].facts["backend"])
     except Exception as e:
         print(type(e).__name__, e)
-    assert dict(os.environ) == before
+    assert os.environ.get("KERAS_BACKEND") == before
 """
 
 
