@@ -81,14 +81,15 @@ def dropout(call: Call) -> Any:
     """nn.Dropout, nn.AlphaDropout; with a noise shape that drops whole samples or places, DropTogether."""
     op, value = call.op, call.x
     shape = getattr(op, "noise_shape", None)
+    make: Any = (lambda: nn.Dropout(op.rate)) if type(op).__name__ == "Dropout" else (lambda: nn.AlphaDropout(op.rate))
     if shape is not None and any(n is not None for n in shape):
         if type(op).__name__ == "AlphaDropout":
             raise NoTranslationError("noise_shape")
-        return call.module(lambda: DropTogether(op.rate, list(shape)), value)
-    kind = nn.Dropout if type(op).__name__ == "Dropout" else nn.AlphaDropout
-    node = value.own if value.own is not None else value.first
-    y = call.module(lambda: kind(op.rate), node)
-    return First(y) if value.own is None else y
+        make = lambda: DropTogether(op.rate, list(shape))  # noqa: E731
+        if any(n != 1 for n in shape[1:]):
+            return call.module(make, value)
+    # What drops single elements or whole samples is the same in either layout.
+    return First(call.module(make, value.first)) if value.own is None else call.module(make, value.own)
 
 
 @layer("SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D")
