@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .core.names import PUBLIC, ROOMS, TORCH_NN, TORCH_OPTIM, lazy_getattr
+from .core.names import INNER_ROOMS, PUBLIC, ROOMS, TORCH_NN, TORCH_OPTIM, lazy_getattr
 
 if TYPE_CHECKING:
     # First of all: for a type checker the first import of a name wins, as own names win over torch's.
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .engines import optimize as optimize
     from .graph import Program as Program
     from .graph import capture as capture
+    from .graph import jit as jit
     from .module import DSModule as DSModule
     from .module import load_model as load_model
     from .quantization import quantize as quantize
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__getattr__ = lazy_getattr(__name__, PUBLIC, ROOMS)
+__getattr__ = lazy_getattr(__name__, PUBLIC, ROOMS, INNER_ROOMS)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *PUBLIC, *ROOMS, *TORCH_NN, *TORCH_OPTIM})
+    return sorted({*globals(), *PUBLIC, *ROOMS, *INNER_ROOMS, *TORCH_NN, *TORCH_OPTIM})
