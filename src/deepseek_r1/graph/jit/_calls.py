@@ -10,7 +10,6 @@ import math
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -44,7 +43,9 @@ class Rewritten:
         self.outside = sorted(_names.reads(node))
 
 
-_REWRITTEN: WeakKeyDictionary[types.CodeType, Rewritten] = WeakKeyDictionary()
+#: By code and file: code objects of two files are equal if they do the same.
+_REWRITTEN: dict[tuple[types.CodeType, str], Rewritten] = {}
+_MOST = 4096
 
 
 def rewritten(function: types.FunctionType) -> Rewritten:
@@ -53,10 +54,12 @@ def rewritten(function: types.FunctionType) -> Rewritten:
     Raises:
         CaptureError: no source, or a statement that cannot be kept.
     """
-    found = _REWRITTEN.get(function.__code__)
-    if found is None:
-        found = _REWRITTEN[function.__code__] = Rewritten(function)
-    return found
+    key = (function.__code__, function.__code__.co_filename)
+    if key not in _REWRITTEN:
+        if len(_REWRITTEN) >= _MOST:
+            _REWRITTEN.clear()
+        _REWRITTEN[key] = Rewritten(function)
+    return _REWRITTEN[key]
 
 
 def instance(function: types.FunctionType, runtime: Callable[[types.FunctionType], Any]) -> types.FunctionType:

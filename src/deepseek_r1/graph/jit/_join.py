@@ -151,12 +151,17 @@ def _join_tensors(a: Kept, b: Kept) -> Kept:
     if a.number or b.number:
         number, tensor = (a, b) if a.number else (b, a)
         return _with_number(tensor, _kind_of(number.dtype), "a Python number")
-    if a == b:
+    # Sizes of two names that were equal when captured: asking makes their equality a condition of the graph.
+    if a == b or (a.dtype == b.dtype and a.device == b.device and _same_size(a.size, b.size)):
         return a
     for what, x, y in (("shape", _shape(a), _shape(b)), ("dtype", a.dtype, b.dtype), ("device", a.device, b.device)):
         if x != y:
             raise CannotJoin(f"its {what} differs: {x} against {y}. Bring both ways to one {what}.")
     return a
+
+
+def _same_size(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(bool(x == y) for x, y in zip(a, b))
 
 
 def _with_number(tensor: Kept, kind: type | None, text: str) -> Kept:

@@ -21,6 +21,7 @@ from ._numbers import Numbers
 from ._reach import Holder
 from ._region import Region
 from ._runtime import Runtime
+from ._source import Refusal
 from ._tracing import Site, Tracing, current, running
 
 
@@ -30,7 +31,7 @@ class _Whole(Region):
     def __init__(self, numbers: Numbers, holder: Holder | None) -> None:
         super().__init__(None, dry=False, numbers=numbers)
         self.holder = holder
-        self.unheld = False
+        self.differentiable = True
 
     def outermost(self, tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, FakeTensor):
@@ -38,8 +39,11 @@ class _Whole(Region):
         if self.holder is not None and (name := self.holder.name_of(tensor)) is not None:
             found: torch.Tensor = getattr(self.holder, name)
             return found
-        self.unheld = self.unheld or tensor.requires_grad
+        self.differentiable = self.differentiable and not tensor.requires_grad
         return tensor
+
+    def note_grad_switch(self) -> None:
+        self.differentiable = False
 
 
 class Recorder:
@@ -111,13 +115,10 @@ class Recorder:
 
     @property
     def _entry(self) -> Callable[..., Any]:
-        target = self.target
-        original = target.forward if isinstance(target, torch.nn.Module) else target
-
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_exporting():
-                return original(*args, **kwargs)
-            return self._run(args, kwargs)
+            # Before it exports, capture runs the module once to see whether it works. What the function changes
+            # would be changed twice, so that is left until something fails.
+            return self._run(args, kwargs) if torch.compiler.is_exporting() else None
 
         forward.__signature__ = self._signature  # type: ignore[attr-defined]
         return forward
@@ -142,16 +143,13 @@ class Recorder:
             result = pytree.tree_map(lambda v: whole.operand(v) if isinstance(v, torch.Tensor) else v, result)
         self.numbers_out = tuple(v in numbers for v in pytree.tree_leaves(result))
         self.kept = tracing.kept
-        self.differentiable = not whole.unheld
+        self.differentiable = whole.differentiable
         return result
 
 
 def own_error(error: BaseException) -> CaptureError | None:
     """The refusal of a line behind an error of torch's or capture's."""
     seen: BaseException | None = error
-    found = None
-    while seen is not None:
-        if isinstance(seen, CaptureError):
-            found = seen
+    while seen is not None and not isinstance(seen, Refusal):
         seen = seen.__cause__ or seen.__context__
-    return found
+    return seen

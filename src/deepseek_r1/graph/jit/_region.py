@@ -59,14 +59,21 @@ class Region(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.active or (self.parent is not None and _is_metadata(func)):
             return func(*args, **kwargs)
-        if func is torch._C._set_grad_enabled and self.dry:
-            # torch would write the switch into the graph even where nothing else is recorded.
-            with torch._C.DisableTorchFunction():
-                return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            self.note_grad_switch()
+            if self.dry:
+                # torch would write the switch into the graph even where nothing else is recorded.
+                with torch._C.DisableTorchFunction():
+                    return func(*args, **kwargs)
         args, kwargs = self.replaced(args), {k: self.replaced(v) for k, v in kwargs.items()}
         result = self.numbers.compute(func, args, kwargs)
         self.adopt(result)
         return result
+
+    def note_grad_switch(self) -> None:
+        """Gradients are switched on or off here, which a capture without gradients does not record."""
+        if self.parent is not None:
+            self.parent.note_grad_switch()
 
     def replaced(self, value: Any) -> Any:
         """The same nest of values with each outside tensor replaced by what stands for it inside."""

@@ -1,21 +1,35 @@
-"""Where a Python function's source is, and whether the function is a user's. Knows nothing of tensors."""
+"""Where a Python function's source is, and whether the function is a user's."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import linecache
+import os
 import sysconfig
 import types
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from ...core import CaptureError
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
-_PACKAGE = str(Path(__file__).resolve().parents[2])
-_LIBRARIES = tuple({str(Path(p).resolve()) for p in sysconfig.get_paths().values()} | {_PACKAGE})
+#: Where libraries live: Python's own, the installed ones, torch and this package.
+_LIBRARIES = tuple(
+    str(path) + os.sep
+    for path in (
+        *(Path(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
+        Path(torch.__file__).parent,
+        Path(__file__).resolve().parents[2],
+    )
+)
+
+
+class Refusal(CaptureError):
+    """Something in the user's source that cannot be kept; the message begins with its line."""
 
 
 def place(filename: str, line: int, function: str) -> str:
@@ -24,9 +38,9 @@ def place(filename: str, line: int, function: str) -> str:
     return f"{filename}, line {line}, in {function}:\n    {code}"
 
 
-def refusal(filename: str, line: int, function: str, problem: str) -> CaptureError:
+def refusal(filename: str, line: int, function: str, problem: str) -> Refusal:
     """The error for something at a line that cannot be kept."""
-    return CaptureError(f"{place(filename, line, function)}\n  {problem}")
+    return Refusal(f"{place(filename, line, function)}\n  {problem}")
 
 
 def is_users(function: types.FunctionType) -> bool:
@@ -37,12 +51,7 @@ def is_users(function: types.FunctionType) -> bool:
         False
     """
     filename = function.__code__.co_filename
-    if filename.startswith("<frozen"):
-        return False
-    module = function.__globals__.get("__name__", "")
-    if module.partition(".")[0] in ("torch", "deepseek_r1", "deepseek", "numpy"):
-        return False
-    return not str(Path(filename)).startswith(_LIBRARIES)
+    return not filename.startswith(("<frozen", *_LIBRARIES))
 
 
 @lru_cache(maxsize=64)

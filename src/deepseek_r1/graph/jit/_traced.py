@@ -7,6 +7,7 @@ import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils._pytree as pytree
@@ -43,6 +44,7 @@ class Traced:
         self.max_variants = max_variants
         self._variants: list[Variant] = []
         self._last: Variant | None = None
+        self._bound: WeakKeyDictionary[Any, Traced] = WeakKeyDictionary()
         self._function, self._owner = _followed(target)
         _calls.rewritten(self._function)
         # What a function reaches may change; it is looked up again for each capture.
@@ -102,6 +104,7 @@ class Traced:
 
     def _variant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         leaves, tree = pytree.tree_flatten((args, kwargs))
+        self._variants = [v for v in self._variants if not v.outdated()]
         why = []
         for variant in reversed(self._variants):
             reason = variant.misfit(tree, leaves)
@@ -113,6 +116,12 @@ class Traced:
                 f"{self._function.__qualname__} was captured {len(self._variants)} times already, and none fits: "
                 f"{why[0]}. Make what changes a tensor input, or raise max_variants."
             )
+        for leaf in leaves:
+            if not isinstance(leaf, _INPUTS):
+                raise InputError(
+                    f"{self._function.__qualname__} was given a {type(leaf).__name__}. Inputs are tensors, numbers, "
+                    "text and nests of them; let the function read other objects from self or an enclosing function."
+                )
         made = self._capture(args, kwargs)
         self._variants.append(made)
         self._last = made
@@ -121,18 +130,17 @@ class Traced:
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         recorder = Recorder(self._target, self._function, self._owner, self._signature)
         # The function may change its inputs in place; examples are copies so that this happens once.
-        copies = pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
-        with recorder.installed() as module:
-            weights = weights_of(module)
-            try:
-                program = capture(
-                    module,
-                    copies[1] or copies[0],
-                    dynamic_shapes=self._dynamic_shapes,
-                    name=self._function.__name__,
-                )
-            except Exception as e:
-                raise own_error(e) or e from e.__cause__
+        example = _copies(kwargs) or _copies(args)
+        name = self._function.__name__
+        try:
+            with recorder.installed() as module:
+                weights = weights_of(module)
+                program = capture(module, example, dynamic_shapes=self._dynamic_shapes, name=name)
+        except Exception as e:
+            if (refused := own_error(e)) is not None:
+                raise refused from None
+            self._fails_itself(args, kwargs)
+            raise
         self._module = module
         leaves, tree = pytree.tree_flatten((args, kwargs))
         return Variant(
@@ -147,8 +155,34 @@ class Traced:
             within=within(program),
         )
 
+    def _fails_itself(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise InputError if the original fails on these inputs too."""
+        try:
+            with torch.no_grad():
+                self._target(*_copies(args), **_copies(kwargs))
+        except Exception as e:
+            raise InputError(
+                f"{self._function.__qualname__} itself fails on these inputs: {type(e).__name__}: {e}"
+            ) from e
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """A method of an instance, traced for each instance on its own."""
+        if instance is None:
+            return self
+        if instance not in self._bound:
+            method = types.MethodType(self._function, instance)
+            self._bound[instance] = Traced(method, dynamic_shapes=self._dynamic_shapes, max_variants=self.max_variants)
+        return self._bound[instance]
+
     def __repr__(self) -> str:
         return f"Traced({self._function.__qualname__}, {len(self._variants)} captured)"
+
+
+_INPUTS = (torch.Tensor, bool, int, float, str, type(None))
+
+
+def _copies(values: Any) -> Any:
+    return pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, values)
 
 
 def _followed(target: Callable[..., Any]) -> tuple[types.FunctionType, Any]:

@@ -42,14 +42,16 @@ class Variant:
                 return f"{name} is {given!r} now"
         if self.program._limits and (outside := self.program.outside(leaves)):
             return outside
-        if any(owner.get(name) is not weight for owner, name, weight in self.weights):
-            return "a parameter or buffer was replaced"
         if self.within is not None:
             try:
                 self.within(*leaves)
             except (AssertionError, RuntimeError) as e:
                 return f"a condition on sizes changed ({e})"
         return self.guards.changed()
+
+    def outdated(self) -> bool:
+        """Whether a parameter or buffer was replaced by another object, so that the graph never holds again."""
+        return any(owner.get(name) is not weight for owner, name, weight in self.weights)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the graph gives; Python numbers are numbers again."""
@@ -91,15 +93,14 @@ def weights_of(module: torch.nn.Module) -> Weights:
 
 
 def differentiable(program: Program) -> bool:
-    """Whether torch differentiates the graph rightly: no loops, no switched gradients, no branch with mixed results.
+    """Whether torch differentiates the graph rightly: no loops, no branch with mixed results.
 
     torch 2.13 takes a loop of no turns for one of one turn, and fails on a branch that gives floating-point and
     other tensors at once.
     """
-    unsafe = ("while_loop", "set_grad_enabled")
     for part in program.exported.graph_module.modules():
         for node in getattr(getattr(part, "graph", None), "nodes", ()):
-            if any(word in str(node.target) for word in unsafe):
+            if node.target is torch.ops.higher_order.while_loop:
                 return False
             if node.target is torch.ops.higher_order.cond:
                 results = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
