@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .core.names import PUBLIC, ROOMS, TORCH_NN, TORCH_OPTIM, lazy_getattr
+from .core.names import INNER_ROOMS, PUBLIC, ROOMS, TORCH_NN, TORCH_OPTIM, lazy_getattr
 
 if TYPE_CHECKING:
     # First of all: for a type checker the first import of a name wins, as own names win over torch's.
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .graph import Drawing as Drawing
     from .graph import Program as Program
     from .graph import capture as capture
+    from .graph import jit as jit
     from .graph import static_programs as static_programs
     from .graph import trace as trace
     from .module import DSModule as DSModule
@@ -53,8 +54,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__getattr__ = lazy_getattr(__name__, PUBLIC, ROOMS)
+__getattr__ = lazy_getattr(__name__, PUBLIC, ROOMS, INNER_ROOMS)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *PUBLIC, *ROOMS, *TORCH_NN, *TORCH_OPTIM})
+    return sorted({*globals(), *PUBLIC, *ROOMS, *INNER_ROOMS, *TORCH_NN, *TORCH_OPTIM})

@@ -48,6 +48,9 @@ ROOMS = (
     "runtime", "train",
 )  # fmt: skip
 
+#: Rooms inside rooms that have a short name too: name -> module.
+INNER_ROOMS = {"jit": "deepseek_r1.graph.jit"}
+
 #: Own public names: name -> "module:attribute". The same table serves `deepseek_r1` and `deepseek`.
 PUBLIC: dict[str, str] = {
     "Artifact": "deepseek_r1.core:Artifact",
@@ -74,7 +77,9 @@ PUBLIC: dict[str, str] = {
 }
 
 
-def lazy_getattr(package: str, table: Mapping[str, str], rooms: tuple[str, ...] = ()) -> Callable[[str], Any]:
+def lazy_getattr(
+    package: str, table: Mapping[str, str], rooms: tuple[str, ...] = (), inner: Mapping[str, str] | None = None
+) -> Callable[[str], Any]:
     """A module-level `__getattr__` that imports a name when it is first asked for.
 
     Own names win over torch's. Unknown and dunder names raise AttributeError without importing torch.
@@ -91,6 +96,8 @@ def lazy_getattr(package: str, table: Mapping[str, str], rooms: tuple[str, ...] 
             return getattr(importlib.import_module(module), attribute)
         if name in rooms:
             return importlib.import_module(f"{package}.{name}")
+        if inner is not None and name in inner:
+            return importlib.import_module(inner[name])
         for names, module in ((TORCH_NN, "torch.nn"), (TORCH_OPTIM, "torch.optim")):
             if name in names:
                 return getattr(importlib.import_module(module), name)
