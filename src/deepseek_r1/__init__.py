@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from .data import DSDataLoader as DSDataLoader
     from .engines import Executable as Executable
     from .engines import optimize as optimize
+    from .graph import Drawing as Drawing
     from .graph import Program as Program
     from .graph import capture as capture
+    from .graph import trace as trace
     from .module import DSModule as DSModule
     from .module import load_model as load_model
     from .quantization import quantize as quantize

@@ -12,7 +12,7 @@ from deepseek_r1.engines import ENGINES, Executable, _race, compile_program, opt
 from deepseek_r1.engines._accuracy import judge
 from deepseek_r1.engines._eager import EagerEngine, eager_runner
 from deepseek_r1.graph import Program, capture
-from deepseek_r1.measure import paired_latency
+from deepseek_r1.measure import paired_turns
 from deepseek_r1.models import DigitsNet
 from deepseek_r1.quantization import quantize
 
@@ -45,7 +45,8 @@ class Rival(EagerEngine):
 @pytest.fixture(autouse=True)
 def _short_races(monkeypatch):
     """Fewer rounds: these tests are about who may win, by margins that few rounds show."""
-    monkeypatch.setattr(_race, "paired_latency", lambda f, **_: paired_latency(f, rounds=12, max_seconds=0.5))
+    short = lambda turns, rounds, **_: paired_turns(turns, rounds=min(rounds, 12), max_seconds=0.5)  # noqa: E731
+    monkeypatch.setattr(_race, "paired_turns", short)
 
 
 @pytest.fixture

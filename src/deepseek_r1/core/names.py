@@ -55,6 +55,7 @@ PUBLIC: dict[str, str] = {
     "DSDataLoader": "deepseek_r1.data:DSDataLoader",
     "DSModule": "deepseek_r1.module:DSModule",
     "DeepSeekError": "deepseek_r1.core:DeepSeekError",
+    "Drawing": "deepseek_r1.graph:Drawing",
     "Executable": "deepseek_r1.engines:Executable",
     "Program": "deepseek_r1.graph:Program",
     "Report": "deepseek_r1.core:Report",
@@ -67,6 +68,7 @@ PUBLIC: dict[str, str] = {
     "optimize": "deepseek_r1.engines:optimize",
     "quantize": "deepseek_r1.quantization:quantize",
     "seed_everything": "deepseek_r1.train:seed_everything",
+    "trace": "deepseek_r1.graph:trace",
 }
 
 

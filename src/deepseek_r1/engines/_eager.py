@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -38,14 +38,18 @@ def eager_runner(program: Program) -> Runner:
     return run
 
 
-def on_one_thread(function: Callable[[], Any]) -> Callable[[], Any]:
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_one_thread(function: Callable[P, T]) -> Callable[P, T]:
     """The same call with PyTorch on one thread: for small operators often faster than waking several."""
 
-    def call() -> Any:
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return function()
+            return function(*args, **kwargs)
         finally:
             torch.set_num_threads(threads)
 
