@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch
 from deepseek_r1.engines import ENGINES, compile_program
 from deepseek_r1.engines.conformance import check_engine
 from deepseek_r1.graph import capture
+from deepseek_r1.quantization import quantize
+from deepseek_r1.runtime import RUNTIMES
 
 ENGINES_HERE = ("onnxruntime", "openvino", "executorch")
 
@@ -129,3 +133,55 @@ def test_state_outside_of_the_graph_is_refused(name):
     inputs = (torch.randn(2, 2), torch.zeros(2, 4))
     assert "it changes its inputs ['cache'] in place" in one.unsupported(capture(Cache(), inputs))
     assert one.unsupported(capture(InPlace(), torch.randn(2, 3))) == ""
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_weights_beyond_one_file(name, residual, tmp_path, monkeypatch):
+    """As if the limit of an ONNX file were a hundred bytes: the weights go into a file of their own."""
+    from deepseek_r1.engines import _onnx
+
+    one = engine(name)
+    monkeypatch.setattr(_onnx, "_LIMIT_BYTES", 100)
+    one.build(residual, tmp_path, "fp32")
+    files = {f.name: f.stat().st_size for f in tmp_path.iterdir()}
+    assert ("weights.bin" in files) == (name == "onnxruntime")
+    assert sum(files.values()) < residual.parameters_bytes + 200_000
+    x = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(one.open(tmp_path, lambda: residual)([x])[0], residual(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_threads_are_pytorchs(name, residual, tmp_path, monkeypatch):
+    one, asked = engine(name), []
+    one.build(residual, tmp_path, "fp32")
+    make = RUNTIMES.get(name)
+    monkeypatch.setitem(RUNTIMES._loaded, name, lambda *a, **k: asked.append(k["threads"]) or make(*a, **k))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    one.open(tmp_path, lambda: residual)
+    assert asked == [3]
+
+
+def test_sizes_beyond_the_bounds_are_answered_by_pytorch(residual):
+    asked = []
+    one = engine("executorch")
+    with tempfile.TemporaryDirectory() as folder:
+        one.build(residual, Path(folder), "fp32")
+        run = one.open(Path(folder), lambda: asked.append(1) or residual)
+    for rows in (16, 17, 40):
+        x = torch.randn(rows, 3, 10, 10)
+        with torch.no_grad():
+            assert torch.allclose(run([x])[0], residual(x), atol=1e-5)
+        assert asked == ([] if rows == 16 else [1])
+
+
+def test_a_quantised_convolution_at_the_output_keeps_float_weights_in_executorch(tmp_path):
+    one = engine("executorch")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1))
+    program = quantize(net, dataset=[torch.randn(8, 3, 6, 6)])
+    one.build(program, tmp_path, "int8")
+    assert one.integer_kernels(tmp_path) == 1
+    x = torch.randn(3, 3, 6, 6)
+    with torch.no_grad():
+        assert sqnr(program(x), one.open(tmp_path, lambda: program)([x])[0]) > 25

@@ -17,6 +17,7 @@ import torch
 from ..core import probe
 from ..graph import Program
 from ..runtime import RUNTIMES
+from ..runtime._openvino import load_openvino
 from . import _session
 from .base import Engine, Runner
 
@@ -44,8 +45,7 @@ class OpenVinoEngine(Engine):
 
     def build(self, program: Program, folder: Path, precision: str) -> None:
         """Write the model in OpenVINO's form, uncompressed; it is compiled for the CPU when it is opened."""
-        import openvino
-
+        openvino = load_openvino()
         source = _session.write_model(program, folder)
         # The `.bin` file is written beside the `.xml`; both read the weights out of the ONNX file first.
         openvino.save_model(openvino.Core().read_model(source), folder / _MODEL, compress_to_fp16=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -20,14 +21,32 @@ Array = NDArray[Any]
 _PRODUCTS = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 
 
-@cache
-def _core() -> Any:
-    # Importing it starts a thread, so it waits until a model is opened.
+def load_openvino() -> Any:
+    """The package `openvino`, imported now if it was not yet.
+
+    Its import would send a usage report to its maker unless the user opted out; here it is imported without the module
+    that does. It also starts threads, so it waits until a model is opened.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    reports = "openvino_telemetry"
+    block = "openvino" not in sys.modules and reports not in sys.modules
+    if block:
+        sys.modules[reports] = None  # type: ignore[assignment]
     try:
         import openvino
     except ImportError as e:
         raise missing_extra("a model in OpenVINO's form", "openvino", "openvino") from e
-    return openvino.Core()
+    finally:
+        if block:
+            del sys.modules[reports]
+    return openvino
+
+
+@cache
+def _core() -> Any:
+    return load_openvino().Core()
 
 
 class OpenVinoSession:
