@@ -6,6 +6,7 @@ from ._capture import as_inputs, capture, capture_as_is, evaluation
 from ._foreign import load_pt2
 from ._memory_plan import BufferPlan, buffer_plan
 from ._signature import Signature
+from ._state import preserved
 from ._static import PLAIN, StaticOptions, run_static, static_programs
 from .drawing import Drawing, trace
 from .editing import rewrite
@@ -28,6 +29,7 @@ __all__ = [
     "float64_module",
     "fold_batch_norm",
     "load_pt2",
+    "preserved",
     "rewrite",
     "run_static",
     "simplify",

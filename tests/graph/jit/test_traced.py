@@ -1,4 +1,4 @@
-"""What surrounds the rewriting: guards, sizes, closures, modules, gradients, sources, and the Program that comes out."""
+"""What surrounds the rewriting: guards, sizes, closures, modules, gradients, sources, and the Program it gives."""
 
 from __future__ import annotations
 
@@ -366,7 +366,7 @@ def test_what_has_no_source_is_refused():
     for builtin in (len, torch.relu):
         with pytest.raises(CaptureError, match="not written in Python"):
             jit.trace(builtin)
-    with pytest.raises(InputError, match="needs a function or an nn.Module, given int"):
+    with pytest.raises(InputError, match=r"needs a function or an nn\.Module, given int"):
         jit.trace(3)
 
 
