@@ -29,8 +29,6 @@ class Mine(DSModule):
 @pytest.mark.parametrize("make", [Mine, lambda: DSModule.from_torch(nn.Linear(4, 2))])
 def test_the_verbs_and_their_report(make, tmp_path):
     net = make()
-    with pytest.raises(InputError, match="no report yet"):
-        _ = net.report
     fast = net.optimize(example_inputs=X)
     assert net.report is fast.report
     torch.testing.assert_close(fast(X), net(X))
@@ -55,6 +53,17 @@ def test_a_wrapped_module_is_the_module():
     assert torch.equal(clone(X), net(X))
     with pytest.raises(InputError, match=r"torch\.nn\.Module"):
         DSModule.from_torch(lambda x: x)
+
+
+def test_every_constructor_gives_a_report(files):
+    folder, _ = files
+    with pytest.raises(InputError, match="no report yet"):
+        _ = Mine().report
+    report = DSModule.from_torch(nn.Linear(4, 2)).report
+    assert (report.title, report["parameters"].after) == ("from_torch Linear", 10)
+    report = DSModule.from_onnx(folder / "net.onnx").report
+    assert report.ok
+    assert abs(report["loss"].after - report["loss"].before) <= 1e-5 * report["loss"].before
 
 
 def test_subclasses_need_no_call_of_init_for_their_report():

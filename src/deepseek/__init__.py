@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deepseek_r1.core.names import PUBLIC, ROOMS, TORCH_NN, TORCH_OPTIM, lazy_getattr
+from deepseek_r1.core.names import INNER_ROOMS, PUBLIC, ROOMS, TORCH_NN, TORCH_OPTIM, lazy_getattr
 
 if TYPE_CHECKING:
     from deepseek_r1 import *  # noqa: F403
 
-__getattr__ = lazy_getattr(__name__, PUBLIC, ROOMS)
+__getattr__ = lazy_getattr(__name__, PUBLIC, (*ROOMS, *INNER_ROOMS))
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *PUBLIC, *ROOMS, *TORCH_NN, *TORCH_OPTIM})
+    return sorted({*globals(), *PUBLIC, *ROOMS, *INNER_ROOMS, *TORCH_NN, *TORCH_OPTIM})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .core.names import PUBLIC, ROOMS, TORCH_NN, TORCH_OPTIM, lazy_getattr
+from .core.names import INNER_ROOMS, PUBLIC, ROOMS, TORCH_NN, TORCH_OPTIM, lazy_getattr
 
 if TYPE_CHECKING:
     # First of all: for a type checker the first import of a name wins, as own names win over torch's.
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from . import measure as measure
     from . import models as models
     from . import nn as nn
+    from . import ops as ops
     from . import quantization as quantization
     from . import runtime as runtime
     from . import train as train
@@ -36,9 +37,12 @@ if TYPE_CHECKING:
     from .data import DSDataLoader as DSDataLoader
     from .engines import Executable as Executable
     from .engines import optimize as optimize
+    from .graph import Drawing as Drawing
     from .graph import Program as Program
     from .graph import capture as capture
+    from .graph import jit as jit
     from .graph import static_programs as static_programs
+    from .graph import trace as trace
     from .module import DSModule as DSModule
     from .module import load_model as load_model
     from .module import model as model
@@ -50,8 +54,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__getattr__ = lazy_getattr(__name__, PUBLIC, ROOMS)
+__getattr__ = lazy_getattr(__name__, PUBLIC, ROOMS, INNER_ROOMS)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *PUBLIC, *ROOMS, *TORCH_NN, *TORCH_OPTIM})
+    return sorted({*globals(), *PUBLIC, *ROOMS, *INNER_ROOMS, *TORCH_NN, *TORCH_OPTIM})

@@ -18,7 +18,7 @@ from .core.artifact import is_artifact
 from .deploy import export
 from .engines import Executable, optimize
 from .graph import PLAIN, Program, StaticOptions, load_pt2, run_static
-from .models import SOURCES, load_factory, load_onnx
+from .models import SOURCES, load_factory, load_keras, load_onnx, load_tensorflow
 
 
 class DSModule(torch.nn.Module):
@@ -37,24 +37,45 @@ class DSModule(torch.nn.Module):
 
     @classmethod
     def from_torch(cls, module: torch.nn.Module) -> DSModule:
-        """Wrap a module; parameters are shared and keep their names."""
-        return _Wrapped(module)
+        """Wrap a module; parameters are shared and keep their names.
+
+        Raises:
+            InputError: not a torch.nn.Module.
+        """
+        wrapped = _Wrapped(module)
+        wrapped._report = Report(f"from_torch {type(module).__name__}")
+        count = sum(p.numel() for p in module.parameters())
+        wrapped._report.add("parameters", count, before=count, how="shared with the module given")
+        wrapped._report.note("the module itself is used, so there is nothing to convert or to compare")
+        return wrapped
 
     @classmethod
-    def from_onnx(cls, path: str | os.PathLike[str]) -> DSModule:
+    def from_onnx(cls, path: str | os.PathLike[str], *, example_inputs: Any = None) -> DSModule:
         """Convert an ONNX file; checked against ONNX Runtime within 1e-5. See `models.load_onnx` for errors."""
-        converted = load_onnx(path)
-        module = _Wrapped(converted)
-        meta: Any = converted.meta
-        module._report = meta["report"]
-        return module
+        return _converted(load_onnx(path, example_inputs=example_inputs))
+
+    @classmethod
+    def from_keras(cls, source: Any, **options: Any) -> DSModule:
+        """Convert a Keras 3 model or its `.keras` or `.h5` file; checked against Keras within 1e-5.
+
+        See `models.load_keras` for the options (`example_inputs`, `labels`, `loss`, `custom_objects`) and errors.
+        """
+        return _converted(load_keras(source, **options))
+
+    @classmethod
+    def from_tensorflow(cls, path: str | os.PathLike[str], **options: Any) -> DSModule:
+        """Convert a signature of a SavedModel directory; checked against TensorFlow within 1e-5.
+
+        See `models.load_tensorflow` for the options (`signature`, `example_inputs`, `labels`, `loss`) and errors.
+        """
+        return _converted(load_tensorflow(path, **options))
 
     @property
     def report(self) -> Report:
         """The Report of the last verb.
 
         Raises:
-            InputError: no verb was called yet.
+            InputError: a subclass of which no verb was called yet.
         """
         report = self.__dict__.get("_report")
         if report is None:
@@ -77,6 +98,14 @@ class DSModule(torch.nn.Module):
         """See `deepseek_r1.deploy.export`."""
         self._report = export(_bare(self), path, **options)
         return self._report
+
+
+def _converted(module: torch.nn.Module) -> DSModule:
+    """A converted module with the report of its check."""
+    wrapped = _Wrapped(module)
+    meta: Any = module.meta
+    wrapped._report = meta["report"]
+    return wrapped
 
 
 class _Wrapped(DSModule):
@@ -197,8 +226,8 @@ def load_model(spec: str | os.PathLike[str]) -> torch.nn.Module | Program:
 
     Args:
         spec: `file.py:factory` (a function or class that gives a module), `model.onnx`, `program.pt2` (a captured
-            graph by torch.export.save), `program.dr1`, the directory of an Artifact, or `source:what` with a
-            registered source.
+            graph by torch.export.save), `program.dr1`, `model.keras`, `model.h5`, the directory of an Artifact or a
+            SavedModel of TensorFlow, or `source:what` with a registered source.
 
     Raises:
         InputError: none of these, or the file or factory is missing.
@@ -209,6 +238,8 @@ def load_model(spec: str | os.PathLike[str]) -> torch.nn.Module | Program:
     path = Path(text)
     if is_artifact(path):
         return load_onnx(open_artifact(path).model_path)
+    if (path / "saved_model.pb").is_file():
+        return load_tensorflow(path)
     scheme, colon, rest = text.partition(":")
     from_source = bool(colon) and scheme in SOURCES
     if not from_source and (".py:" in text or text.endswith(".py")):
@@ -217,6 +248,8 @@ def load_model(spec: str | os.PathLike[str]) -> torch.nn.Module | Program:
         ".onnx": load_onnx,
         ".pt2": load_pt2,
         ".dr1": Program.load,
+        ".keras": load_keras,
+        ".h5": load_keras,
     }
     if path.suffix in readers and not from_source:
         if not path.is_file():
@@ -230,8 +263,11 @@ def load_model(spec: str | os.PathLike[str]) -> torch.nn.Module | Program:
             f"{text} holds weights without a model. Give the model as file.py:factory and these as its weights."
         )
     if path.is_dir():
-        raise InputError(f"{text} is a directory without a manifest.json, so it is no Artifact.")
+        raise InputError(
+            f"{text} is a directory without a manifest.json, so it is no Artifact, and without a saved_model.pb, so it "
+            "is no SavedModel."
+        )
     raise InputError(
-        f"{text!r} is no model that can be loaded. Give file.py:factory, a .onnx, .pt2 or .dr1 file, the directory of "
-        f"an Artifact, or one of the sources {', '.join(SOURCES.names())} as source:name."
+        f"{text!r} is no model that can be loaded. Give file.py:factory, a .onnx, .pt2, .dr1, .keras or .h5 file, the "
+        f"directory of an Artifact or a SavedModel, or one of the sources {', '.join(SOURCES.names())} as source:name."
     )

@@ -30,7 +30,19 @@ def _help(name, **environment):
 
 
 def test_every_verb_is_there():
-    assert COMMANDS == ["", "doctor", "export", "optimize", "quantize", "run", "train", "version"]
+    assert COMMANDS == [
+        "",
+        "build-op",
+        "cache",
+        "doctor",
+        "export",
+        "optimize",
+        "quantize",
+        "run",
+        "trace",
+        "train",
+        "version",
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

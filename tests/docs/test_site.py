@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("core", "runtime", "measure", "data", "graph", "engines", "deploy", "train", "quantization", "recipes")
+ROOMS = ("core", "runtime", "measure", "data", "graph", "engines", "deploy", "train", "quantization", "recipes", "ops")
 
 
 @pytest.fixture(scope="module")

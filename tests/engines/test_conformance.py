@@ -18,9 +18,9 @@ class Third(EagerEngine):
     name = "third"
     portable = True
 
-    def compile(self, program):
-        module = program.module()
-        _, tree = pytree.tree_flatten(program.example_inputs)
+    def open(self, folder, program):
+        module = program().module()
+        _, tree = pytree.tree_flatten(program().example_inputs)
 
         def run(leaves):
             args, kwargs = pytree.tree_unflatten(list(leaves), tree)
@@ -48,7 +48,7 @@ def registered():
 def test_built_in_engines_conform(name):
     report = check_engine(name)
     assert report.ok, [(c.name, c.detail) for c in report.failed]
-    assert len(report.checks) == 27
+    assert len(report.checks) == (33 if name == "eager" else 34)
     assert not report.skipped
 
 
@@ -58,15 +58,15 @@ def test_a_third_partys_engine_conforms(registered):
 
 def test_the_null_engine_fails_on_answers_alone():
     failed = {c.name for c in check_engine("null").failed}
-    assert failed == {f"{m}: answers, batch {n}" for m in ("cnn", "outputs", "words") for n in (1, 3)}
+    assert failed == {f"{m}: answers, batch {n}" for m in ("cnn", "outputs", "words", "quantised") for n in (1, 3)}
 
 
 def wrapped(change):
     class Bad(Third):
         name = "bad"
 
-        def compile(self, program):
-            return change(super().compile(program), program)
+        def open(self, folder, program):
+            return change(super().open(folder, program), program())
 
     return Bad
 
@@ -117,6 +117,10 @@ def not_for_threads(run, program):
     return call
 
 
+def reads_memory_in_order(run, program):
+    return lambda leaves: run([v.as_strided(v.shape, torch.empty(v.shape).stride()) for v in leaves])
+
+
 def fixed_batch(run, program):
     size = []
 
@@ -149,6 +153,7 @@ def crashes(run, program):
         (changes_inputs, "inputs left alone"),
         (changes_weights, "weights left alone"),
         (not_for_threads, "two threads"),
+        (reads_memory_in_order, "views as inputs"),
         (fixed_batch, "answers, batch 0"),
         (random, "twice the same"),
         (no_list, "answers, batch 1"),
@@ -158,6 +163,18 @@ def crashes(run, program):
 def test_each_kind_of_misbehaviour_is_named(registered, change, expected):
     failed = {c.name for c in check_engine(registered(wrapped(change))).failed}
     assert f"cnn: {expected}" in failed
+
+
+@pytest.mark.parametrize("count", [0, 2, 3])
+def test_integer_kernels_are_counted(registered, count):
+    class Counting(Third):
+        name = "counting"
+
+        def integer_kernels(self, folder):
+            return count
+
+    failed = [(c.name, c.detail) for c in check_engine(registered(Counting)).failed]
+    assert failed == ([] if count == 3 else [("quantised: integer kernels", f"{count} of 3 layers")])
 
 
 def test_engines_that_cannot_run_say_so(registered):
@@ -177,7 +194,7 @@ def test_engines_that_cannot_run_say_so(registered):
         name = "narrow"
 
         def unsupported(self, program):
-            return "no words" if program.name == "words" else ""
+            return f"no {program.name}" if program.name in ("words", "quantised") else ""
 
     report = check_engine(registered(Absent))
     assert report.ok
@@ -185,6 +202,6 @@ def test_engines_that_cannot_run_say_so(registered):
     assert [c.name for c in check_engine(registered(Silent)).failed] == ["unavailable"]
     report = check_engine(registered(Narrow))
     assert report.ok
-    assert report.skipped == [("words", "no words")]
+    assert report.skipped == [("words", "no words"), ("quantised", "no quantised")]
     with pytest.raises(PluginError, match="unknown engine 'nowhere'"):
         check_engine("nowhere")

@@ -194,3 +194,14 @@ def test_models_that_are_too_large_are_refused(monkeypatch):
     monkeypatch.setattr(_onnx, "_LIMIT_BYTES", 10)
     with pytest.raises(UnsupportedOpError, match="an ONNX file holds at most 2"):
         to_onnx(capture(nn.Linear(3, 2), torch.randn(2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recurrent_layers_stay_one_operator_of_any_length(kind):
+    net = getattr(torch.nn, kind)(3, 5, batch_first=True).eval()
+    program = capture(net, torch.randn(2, 6, 3))
+    run = ENGINES.get("onnxruntime")().compile(program)
+    for shape in ((2, 6, 3), (1, 1, 3), (4, 11, 3)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(run([x])[0], net(x)[0], rtol=1e-4, atol=1e-5)
+    assert kind in {node.op_type for node in to_onnx(program).graph.node}

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from deepseek_r1.core import Budget, CaptureError, CheckFailedError, ConfigError, InputError, PluginError
-from deepseek_r1.engines import ENGINES, Executable, _race, optimize
+from deepseek_r1.engines import ENGINES, Executable, _race, compile_program, optimize
 from deepseek_r1.engines._accuracy import judge
-from deepseek_r1.engines._eager import EagerEngine
+from deepseek_r1.engines._eager import EagerEngine, eager_runner
 from deepseek_r1.graph import Program, capture
-from deepseek_r1.measure import paired_latency
+from deepseek_r1.measure import paired_turns
 from deepseek_r1.models import DigitsNet
 from deepseek_r1.quantization import quantize
 
@@ -25,8 +25,8 @@ class Rival(EagerEngine):
     slow = 0.0
     calls = 0
 
-    def compile(self, program):
-        run = super().compile(program)
+    def open(self, folder, program):
+        run = super().open(folder, program)
         kept = {}
 
         def call(leaves):
@@ -45,7 +45,8 @@ class Rival(EagerEngine):
 @pytest.fixture(autouse=True)
 def _short_races(monkeypatch):
     """Fewer rounds: these tests are about who may win, by margins that few rounds show."""
-    monkeypatch.setattr(_race, "paired_latency", lambda f, **_: paired_latency(f, rounds=12, max_seconds=0.5))
+    short = lambda turns, rounds, **_: paired_turns(turns, rounds=min(rounds, 12), max_seconds=0.5)  # noqa: E731
+    monkeypatch.setattr(_race, "paired_turns", short)
 
 
 @pytest.fixture
@@ -111,10 +112,10 @@ def test_rivals_that_give_something_else(net, rival, change, message):
 
 
 def test_a_rival_that_cannot_compile_or_run_costs_only_itself(net, rival):
-    def refuse(self, program):
+    def refuse(self, program, folder, precision):
         raise MemoryError("no room")
 
-    bad = rival("bad", compile=refuse)
+    bad = rival("bad", build=refuse)
     absent = rival("absent", unavailable=lambda self: "no such chip")
     picky = rival("picky", unsupported=lambda self, program: "not this program")
     fast = optimize(net, example_inputs=X, engines=[bad, absent, picky, rival()])
@@ -125,20 +126,18 @@ def test_a_rival_that_cannot_compile_or_run_costs_only_itself(net, rival):
 
 
 def test_a_rival_that_fails_in_the_middle_of_the_race(net, rival):
-    class Tired:
-        def compile(self, program):
-            run = EagerEngine().compile(program)
-            left = [10]
+    def tired(self, folder, program):
+        run, left = eager_runner(program()), [10]
 
-            def call(leaves):
-                left[0] -= 1
-                if left[0] < 0:
-                    raise RuntimeError("tired")
-                return run(leaves)
+        def call(leaves):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("tired")
+            return run(leaves)
 
-            return call
+        return call
 
-    fast = optimize(net, example_inputs=X, engines=[rival("tired", compile=Tired.compile), rival()])
+    fast = optimize(net, example_inputs=X, engines=[rival("tired", open=tired), rival()])
     assert fast.engine == "rival"
     assert reasons(fast)["tired fp32"] == "failed: RuntimeError: tired"
 
@@ -258,7 +257,7 @@ def test_changed_weights_are_noticed(net, engines, how):
         # The race may be lost on a busy machine; what is tested here is what a winner does.
         program = fast.program
         watch = list(program.exported.state_dict.values())
-        runner = ENGINES.get("onnxruntime")().compile(program)
+        runner = compile_program(ENGINES.get("onnxruntime")(), program)
         fast = Executable(program, "onnxruntime", runner, fast.report, watch=watch)
     before = fast(X)
     if how == "in place":
@@ -294,7 +293,7 @@ def test_changed_buffers_that_are_not_saved_are_noticed():
     net = Shift()
     program = capture(net, torch.randn(2, 3))
     stores = {**program.exported.constants, **program.exported.state_dict}
-    run = ENGINES.get("onnxruntime")().compile(program)
+    run = compile_program(ENGINES.get("onnxruntime")(), program)
     assert torch.equal(run([torch.zeros(1, 3)])[0], torch.zeros(1, 3))
     ENGINES.register("again", type("Again", (Rival,), {"name": "again"}))
     try:

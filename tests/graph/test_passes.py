@@ -154,3 +154,139 @@ def test_a_rewrite_that_changes_nothing_gives_the_same_program():
     program = capture(nn.Linear(4, 2), torch.randn(2, 4))
     assert rewrite(program, lambda module: 0) is program
     assert simplify(program) is program
+
+
+def spoil(module):
+    relu = next(n for n in module.graph.nodes if n.target is aten.relu.default)
+    relu.target = aten.neg.default
+    return 1
+
+
+def test_without_a_wrong_pass_the_others_are_used(monkeypatch):
+    monkeypatch.setitem(PASSES, "spoil", spoil)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout()).eval()
+    program = capture(net, torch.randn(3, 4))
+    after = simplify(program, ("spoil", "remove_dropout"), strict=False)
+    assert targets(after) == [aten.linear.default, aten.relu.default]
+    assert after.report.ok
+    assert after.source is program
+    [(what, why)] = after.report.skipped
+    assert what == "pass spoil"
+    assert "changed the program's answers by" in why
+
+
+def crash(module):
+    raise RuntimeError("no such thing\nsecond line")
+
+
+def misshape(module):
+    linear = next(n for n in module.graph.nodes if n.target is aten.linear.default)
+    linear.target, linear.args = aten.bmm.default, linear.args[:2]
+    return 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (crash, r"'crash' failed \(RuntimeError: no such thing\)"),
+        (misshape, "'misshape' left a graph that does not run"),
+    ],
+)
+def test_a_pass_that_crashes_is_refused_by_name(monkeypatch, wrong, message):
+    monkeypatch.setitem(PASSES, wrong.__name__, wrong)
+    program = capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4))
+    with pytest.raises(CaptureError, match=message):
+        simplify(program, (wrong.__name__,))
+    assert simplify(program, (wrong.__name__,), strict=False).report.skipped[0][0] == f"pass {wrong.__name__}"
+
+
+def test_a_pass_that_is_right_at_the_example_sizes_only_is_refused(monkeypatch):
+    def freeze(module):
+        view = next(n for n in module.graph.nodes if n.target is aten.view.default)
+        view.args = (view.args[0], [-1, 10])
+        return 1
+
+    class Flat(nn.Module):
+        def forward(self, x):
+            return x.view(x.shape[0], x.shape[1] * 2).cumsum(0)
+
+    monkeypatch.setitem(PASSES, "freeze", freeze)
+    program = capture(Flat(), torch.randn(2, 5, 2), dynamic_shapes={"x": {0: "batch", 1: "length"}})
+    with pytest.raises(CaptureError, match="the passes up to 'freeze' together"):
+        simplify(program, ("freeze",))
+    assert [what for what, _ in simplify(program, ("freeze",), strict=False).report.skipped] == ["pass freeze"]
+
+
+def test_a_pass_that_loses_a_write_is_refused(monkeypatch):
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(2))
+
+        def forward(self, x):
+            self.count.add_(x.sum())
+            return x * 2
+
+    def lose(module):
+        add = next(n for n in module.graph.nodes if n.target is aten.add_.Tensor)
+        module.graph.erase_node(add)
+        return 1
+
+    monkeypatch.setitem(PASSES, "lose", lose)
+    with pytest.raises(CaptureError, match="'lose' changed"):
+        simplify(capture(Counter(), torch.randn(3)), ("lose",))
+
+
+def test_a_quantised_program_comes_back_as_it_is():
+    quantized = torch.ops.quantized_decomposed
+
+    class Quantised(nn.Module):
+        def forward(self, x):
+            limits = (0.1, 0, -128, 127, torch.int8)
+            y = quantized.quantize_per_tensor(x, *limits)
+            return quantized.dequantize_per_tensor(y, *limits) + quantized.dequantize_per_tensor(y, *limits) * 1
+
+    program = capture(Quantised(), torch.randn(3, 4))
+    after = simplify(program)
+    assert targets(after) == targets(program)
+    assert after.report.skipped[-1][0] == "passes"
+
+
+def test_half_precision_is_judged_by_its_own_rounding():
+    net = normed(2).to(torch.bfloat16)
+    program = capture(net, torch.randn(2, 2, 6, 6, dtype=torch.bfloat16))
+    after = simplify(program)
+    assert aten.batch_norm.default not in targets(after)
+    assert after.report.ok
+
+
+def test_weights_that_no_pass_touched_are_shared_and_the_source_is_named():
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3)).eval()
+    program = capture(net, torch.randn(2, 1, 2, 2))
+    after = simplify(program)
+    assert after.source is program
+    assert simplify(after).source in (None, program)
+    pointers = {t.data_ptr() for t in after.exported.state_dict.values()}
+    assert net[3].weight.data_ptr() in pointers
+    assert net[0].weight.data_ptr() not in pointers
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    x = torch.randn(3, 1, 2, 2)
+    torch.testing.assert_close(simplify(after.source)(x), net(x))
+
+
+def test_an_operator_without_float64_is_judged_in_its_own_type():
+    @torch.library.custom_op("deepseek_r1_tests::single", mutates_args=())
+    def single(x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.float32, "single precision only"
+        return x + 1
+
+    single.register_fake(lambda x: torch.empty_like(x))
+
+    class Custom(nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.dropout(single(x), 0.5, False) * 2
+
+    after = simplify(capture(Custom(), torch.randn(3)))
+    assert aten.dropout.default not in targets(after)
+    assert after.report.skipped[-1][0] == "float64"

@@ -26,7 +26,7 @@ def test_round_trip_equals_eager_and_onnxruntime(onnx_zoo, name):
     loaded = load_onnx(path)
     report = loaded.meta["report"]
     assert report.ok
-    assert len(report.checks) == 2, "dynamic models are compared at two batch sizes"
+    assert [c.name for c in report.checks].count("parity of the loss") == 2, "dynamic models are compared at two sizes"
     with torch.no_grad():
         expected, got = model(*inputs), loaded(*inputs)
     assert got.shape == expected.shape

@@ -114,7 +114,7 @@ def test_shared_weights_stay_shared():
             self.b.weight = self.a.weight
 
         def forward(self, x):
-            return self.b(torch.relu(self.a(x))) + self.a(x)
+            return self.b(torch.relu(self.a(x))) + self.a(-x)
 
     net, x = Shared(), torch.randn(64, 8)
     program = quantize(net, dataset=[x])

@@ -1,5 +1,8 @@
-"""The two examples with published weights, run as they are."""
+"""The examples, run as they are."""
 
+import shutil
+import subprocess
+import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,3 +67,13 @@ def test_minilm_embeds_as_eager_does_for_any_batch_and_length(tmp_path, monkeypa
     shapes = [s.shape for s in open_artifact(tmp_path / "artifact").manifest.inputs]
     assert shapes == [("batch", "dim_1")] * 2
     assert np.isfinite(cosines).all()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build an operator with")
+def test_a_custom_operator_is_built_trained_and_optimised():
+    # In a process of its own: other tests have an operator of this name from another file.
+    script = str(EXAMPLES / "custom_operators" / "swish.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pass  accuracy" in done.stdout
+    assert "onnxruntime fp32" in done.stdout

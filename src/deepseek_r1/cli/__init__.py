@@ -10,11 +10,14 @@ from typing import Annotated
 import typer
 
 from . import _frame
+from .build_op import build_op as _build_op
+from .cache import cache as _cache
 from .doctor import doctor as _doctor
 from .export import export as _export
 from .optimize import optimize as _optimize
 from .quantize import quantize as _quantize
 from .run import run as _run
+from .trace import trace as _trace
 from .train import train as _train
 from .version import version as _version
 
@@ -37,7 +40,7 @@ def _every_verb(
     _frame.show_traceback(traceback)
 
 
-for _command in (_run, _train, _optimize, _quantize, _export, _doctor, _version):
+for _command in (_run, _train, _optimize, _quantize, _export, _trace, _build_op, _cache, _doctor, _version):
     app.command()(_command)
 
 

@@ -38,7 +38,8 @@ def check_out(out: Path, endings: tuple[str, ...] | None) -> None:
         return
     if out.suffix not in endings:
         files = " or ".join(f"a name ending in {e}" for e in endings if e)
-        raise InputError(f"--out {out}: {files}, or a folder's name without an ending, is needed.")
+        folder = ", or a folder's name without an ending," if "" in endings else ""
+        raise InputError(f"--out {out}: {files}{folder} is needed.")
     if out.suffix:
         if out.is_dir():
             raise InputError(f"--out {out}: that is a directory; give the name of a file.")

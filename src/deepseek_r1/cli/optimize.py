@@ -26,6 +26,7 @@ def optimize(
     latency_ms: Annotated[float | None, typer.Option(help="Longest median time of a call.")] = None,
     size_mb: Annotated[float | None, typer.Option(help="Largest size of the weights.")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="Largest peak memory.")] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Race anew, and remember nothing.")] = False,
     batch_size: BatchSize = 32,
     image_size: ImageSize = None,
     seed: Seed = 0,
@@ -38,6 +39,7 @@ def optimize(
     """
     from ..core import Budget
     from ..deploy import export
+    from ..engines import RaceConfig
     from ..engines import optimize as run
     from ._inputs import needs_inputs, open_inputs
 
@@ -55,7 +57,8 @@ def optimize(
     needs_inputs(opened)
     # The winner is chosen on the validation part: the test part is for the last measurement only.
     choose = opened.part("val", "train")
-    executable = run(opened.model, example_inputs=opened.example_inputs, dataset=choose, budget=budget)
+    race = RaceConfig(cache=not no_cache)
+    executable = run(opened.model, example_inputs=opened.example_inputs, dataset=choose, budget=budget, race=race)
     report = executable.report
     report.sections.append(export(executable, out, **opened.for_artifact()))
     report.note(f"wrote {out}: {executable.precision} on {executable.engine}")

@@ -44,9 +44,12 @@ TORCH_OPTIM = frozenset(_OPTIM_NAMES.split())
 
 #: Rooms of the package that are reachable as attributes before anybody imported them.
 ROOMS = (
-    "core", "data", "deploy", "engines", "graph", "measure", "models", "nn", "quantization", "recipes", "runtime",
-    "train",
+    "core", "data", "deploy", "engines", "graph", "measure", "models", "nn", "ops", "quantization", "recipes",
+    "runtime", "train",
 )  # fmt: skip
+
+#: Rooms inside rooms that have a short name too: name -> module.
+INNER_ROOMS = {"jit": "deepseek_r1.graph.jit"}
 
 #: Own public names: name -> "module:attribute". The same table serves `deepseek_r1` and `deepseek`.
 PUBLIC: dict[str, str] = {
@@ -55,6 +58,7 @@ PUBLIC: dict[str, str] = {
     "DSDataLoader": "deepseek_r1.data:DSDataLoader",
     "DSModule": "deepseek_r1.module:DSModule",
     "DeepSeekError": "deepseek_r1.core:DeepSeekError",
+    "Drawing": "deepseek_r1.graph:Drawing",
     "Executable": "deepseek_r1.engines:Executable",
     "Program": "deepseek_r1.graph:Program",
     "Report": "deepseek_r1.core:Report",
@@ -69,10 +73,13 @@ PUBLIC: dict[str, str] = {
     "quantize": "deepseek_r1.quantization:quantize",
     "seed_everything": "deepseek_r1.train:seed_everything",
     "static_programs": "deepseek_r1.graph:static_programs",
+    "trace": "deepseek_r1.graph:trace",
 }
 
 
-def lazy_getattr(package: str, table: Mapping[str, str], rooms: tuple[str, ...] = ()) -> Callable[[str], Any]:
+def lazy_getattr(
+    package: str, table: Mapping[str, str], rooms: tuple[str, ...] = (), inner: Mapping[str, str] | None = None
+) -> Callable[[str], Any]:
     """A module-level `__getattr__` that imports a name when it is first asked for.
 
     Own names win over torch's. Unknown and dunder names raise AttributeError without importing torch.
@@ -89,6 +96,8 @@ def lazy_getattr(package: str, table: Mapping[str, str], rooms: tuple[str, ...] 
             return getattr(importlib.import_module(module), attribute)
         if name in rooms:
             return importlib.import_module(f"{package}.{name}")
+        if inner is not None and name in inner:
+            return importlib.import_module(inner[name])
         for names, module in ((TORCH_NN, "torch.nn"), (TORCH_OPTIM, "torch.optim")):
             if name in names:
                 return getattr(importlib.import_module(module), name)

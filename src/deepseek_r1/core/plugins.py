@@ -62,6 +62,10 @@ class Registry:
         self._registered[name] = thing
         return thing
 
+    def is_local(self, name: str) -> bool:
+        """Whether `name` was added by `register`, so that another process would not know it."""
+        return name in self._registered
+
     def unregister(self, name: str) -> None:
         """Remove what `register` added. Unknown names raise PluginError."""
         if name not in self._registered:

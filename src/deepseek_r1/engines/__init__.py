@@ -5,10 +5,23 @@ An engine does not know where a Program came from.
 
 from __future__ import annotations
 
+from ._cache import ChoiceCache
+from ._config import RaceConfig
 from ._eager import on_one_thread
 from ._onnx import to_onnx
 from ._optimize import optimize
-from .base import ENGINES, Engine, Runner
+from .base import ENGINES, Engine, Runner, compile_program
 from .executable import Executable
 
-__all__ = ["ENGINES", "Engine", "Executable", "Runner", "on_one_thread", "optimize", "to_onnx"]
+__all__ = [
+    "ENGINES",
+    "ChoiceCache",
+    "Engine",
+    "Executable",
+    "RaceConfig",
+    "Runner",
+    "compile_program",
+    "on_one_thread",
+    "optimize",
+    "to_onnx",
+]

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..graph import Program
-from .base import Runner
+from .base import Engine, Runner
 
 
-class NullEngine:
+class NullEngine(Engine):
     """Answers with zeros."""
 
     name = "null"
-    portable = False
 
-    def unavailable(self) -> str:
-        """Always there."""
-        return ""
+    def build(self, program: Program, folder: Path, precision: str) -> None:
+        """Nothing to compile."""
 
-    def unsupported(self, program: Program) -> str:
-        """Takes every program."""
-        return ""
-
-    def compile(self, program: Program) -> Runner:
+    def open(self, folder: Path, program: Callable[[], Program]) -> Runner:
         """Outputs take the batch of the first input and the example's other sizes."""
-        nodes = {n.name: n for n in program.exported.graph.nodes}
-        names = [n for n in program.exported.graph_signature.user_outputs if isinstance(n, str) and n in nodes]
+        exported = program().exported
+        nodes = {n.name: n for n in exported.graph.nodes}
+        names = [n for n in exported.graph_signature.user_outputs if isinstance(n, str) and n in nodes]
         values = [v for v in (nodes[n].meta.get("val") for n in names) if isinstance(v, torch.Tensor)]
         shapes = [[None if not str(d).isdigit() else int(str(d)) for d in v.shape] for v in values]
 

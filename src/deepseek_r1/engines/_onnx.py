@@ -12,22 +12,30 @@ import torch
 from onnx import numpy_helper
 
 from ..core import UnsupportedOpError
-from ..graph import Program
+from ..graph import Program, recurrent_shapes
 from ..graph.quiet import quiet_torch
 
 #: One above the 2 GiB that a single protobuf message can hold is refused; larger models need external data.
 _LIMIT_BYTES = 2 * 10**9
 
 
-def to_onnx(program: Program) -> onnx.ModelProto:
+def needs_external_data(program: Program) -> bool:
+    """Whether the program's weights are more than one ONNX file can hold."""
+    return program.parameters_bytes > _LIMIT_BYTES
+
+
+def to_onnx(program: Program, *, external_data: bool = False) -> onnx.ModelProto:
     """The program in ONNX (opset 20), inputs named as in the graph, outputs `output` or `output_0`, `output_1`, ...
 
     Quantised programs get the form that ONNX Runtime fuses, see `retarget`.
 
+    Args:
+        external_data: take models of any size; the caller writes their weights to a file of their own.
+
     Raises:
         UnsupportedOpError: an operator has no ONNX form, or the model is larger than one file may be.
     """
-    if program.parameters_bytes > _LIMIT_BYTES:
+    if needs_external_data(program) and not external_data:
         raise UnsupportedOpError(
             f"{program.name!r} has {program.parameters_bytes / 1e9:.1f} GB of weights; an ONNX file holds at most 2."
         )
@@ -37,7 +45,7 @@ def to_onnx(program: Program) -> onnx.ModelProto:
         raise UnsupportedOpError(f"{program.name!r} gives {plain} beside its tensors; ONNX gives tensors only.")
     outputs = ["output"] if len(names) == 1 else [f"output_{i}" for i in range(len(names))]
     try:
-        with quiet_torch(), contextlib.redirect_stdout(io.StringIO()):
+        with quiet_torch(), recurrent_shapes(decomposing=True), contextlib.redirect_stdout(io.StringIO()):
             exported = torch.onnx.export(
                 program.exported, (), dynamo=True, opset_version=20, verbose=False,
                 input_names=program.input_names(), output_names=outputs,

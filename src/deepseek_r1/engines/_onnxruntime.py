@@ -1,22 +1,31 @@
-"""ONNX Runtime on the CPU as an engine. It opens models through `runtime`, so what is raced is what is shipped."""
+"""ONNX Runtime on the CPU as an engine. It opens models through `runtime`, so what is raced is what is shipped.
+
+No bf16 or fp16: its CPU kernels for them are few, and the rest would be cast back and forth.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
 
+import onnx
 import torch
 
 from ..graph import Program
 from ..runtime import RUNTIMES
-from ._eager import EagerEngine
-from ._onnx import to_onnx
-from .base import Runner
+from . import _session
+from .base import Engine, Runner
+
+_INTEGER_KERNELS = frozenset(
+    {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm"}
+    | {"DynamicQuantizeMatMul", "MatMulNBits"}
+)
 
 
-class OnnxRuntimeEngine:
-    """Exports to ONNX and runs that."""
+class OnnxRuntimeEngine(Engine):
+    """Exports to ONNX and runs that, on as many threads as PyTorch has."""
 
     name = "onnxruntime"
     portable = True
@@ -27,28 +36,21 @@ class OnnxRuntimeEngine:
 
     def unsupported(self, program: Program) -> str:
         """CPU tensors only, of types that numpy has."""
-        for tensor in program.exported.state_dict.values():
-            if tensor.device.type != "cpu":
-                return f"its weights are on {tensor.device}; this engine runs on the CPU"
-            if tensor.dtype is torch.bfloat16:
-                return "bfloat16 weights have no numpy type"
-        return ""
+        return _session.unsupported(program)
 
-    def compile(self, program: Program) -> Runner:
-        """Export, open a session."""
-        model = to_onnx(program)
-        names = [i.name for i in model.graph.input]
-        # The exporter drops inputs that no operator reads.
-        positions = [program.input_names().index(name) for name in names]
-        session = RUNTIMES.get("onnxruntime")(model.SerializeToString())
+    def build(self, program: Program, folder: Path, precision: str) -> None:
+        """Export to ONNX."""
+        _session.write_model(program, folder)
 
-        # ONNX Runtime gives wrong shapes for some reductions of an empty batch (ArgMax, as of 1.31).
-        of_nothing = EagerEngine().compile(program)
+    def open(self, folder: Path, program: Callable[[], Program]) -> Runner:
+        """Open a session."""
+        session = RUNTIMES.get("onnxruntime")(folder / _session.MODEL, threads=torch.get_num_threads())
+        return _session.session_runner(session, folder, program)
 
-        def run(leaves: Sequence[Any]) -> list[torch.Tensor]:
-            if not all(leaves[i].numel() for i in positions):
-                return of_nothing(leaves)
-            feeds = {name: leaves[i].detach().contiguous().numpy() for name, i in zip(names, positions)}
-            return [torch.from_numpy(v) for v in session.run(feeds)]
-
-        return run
+    def integer_kernels(self, folder: Path) -> int:
+        """How many products and convolutions are integer kernels after ONNX Runtime's own optimisation."""
+        with tempfile.TemporaryDirectory(prefix="deepseek-r1-") as scratch:
+            optimised = Path(scratch) / "optimised.onnx"
+            RUNTIMES.get("onnxruntime")(folder / _session.MODEL, write_optimised=optimised)
+            nodes = onnx.load(optimised, load_external_data=False).graph.node
+        return sum(node.op_type in _INTEGER_KERNELS for node in nodes)

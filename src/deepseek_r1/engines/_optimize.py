@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,12 @@ import torch.utils._pytree as pytree
 from ..core import Budget, CheckFailedError, ConfigError, InputError, Report, probe
 from ..data import batch_size, unpack_batch
 from ..graph import Program, as_inputs, capture, float64_module, to_float64
-from ..measure import peak_memory_of
-from ._race import Candidate, Task, race
+from ._config import RaceConfig
+from ._eager import eager_runner
+from ._race import Candidate, Task
+from ._race import race as run_race
+from ._remember import Memory, keep, memory_of, recall
+from ._starter import Starter
 from .base import ENGINES
 from .executable import Executable
 
@@ -31,6 +34,7 @@ def optimize(
     budget: Budget | None = None,
     *,
     engines: Sequence[str] | None = None,
+    race: RaceConfig | None = None,
 ) -> Executable:
     """Turn a dynamic graph into the fastest right executable on this machine.
 
@@ -48,6 +52,7 @@ def optimize(
         budget: limits; they are held or an error is raised. Peak memory (`memory_gb`) is that of a fresh process
             with PyTorch, on the CPU.
         engines: names to race; by default all that are registered, except "null".
+        race: how the candidates are built and timed.
 
     Raises:
         ConfigError: unknown method; PluginError: unknown engine.
@@ -60,6 +65,39 @@ def optimize(
         >>> torch.allclose(fast(torch.ones(2, 8)), net(torch.ones(2, 8)), atol=1e-5)
         True
     """
+    budget, config = budget or Budget(), race or RaceConfig()
+    chosen = _checked(model, method, engines, budget)
+    if method == "dynamic" and not isinstance(model, Program):
+        return Executable(None, "eager", None, _kept_eager(type(model).__name__), module=model)
+    batches = _batches(dataset)
+    if example_inputs is None and batches:
+        args, kwargs, _ = unpack_batch(batches[0])
+        example_inputs = kwargs or args
+    if example_inputs is not None:
+        args, kwargs = as_inputs(example_inputs)
+    elif isinstance(model, Program):
+        args, kwargs = model.example_inputs
+    else:
+        return _at_first_call(model, method, chosen, budget, config)
+    if isinstance(model, Program) and (misfit := model.misfit(args, kwargs)):
+        raise InputError(f"the example inputs do not fit: {misfit}")
+    if method == "dynamic":
+        assert isinstance(model, Program), "a module was returned above"
+        return Executable(model, "eager", eager_runner(model), _kept_eager(model.name))
+    memory = memory_of(model, (args, kwargs), chosen, budget, batches, config)
+    kept, note = recall(memory, model, (args, kwargs))
+    if kept is not None:
+        return kept
+    program, module = (model, None) if isinstance(model, Program) else (capture(model, kwargs or args), model)
+    with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as folder:
+        executable = _choose(program, chosen, budget, batches, (args, kwargs), module, config, memory, Path(folder))
+    if note:
+        executable.report.note(note)
+    return executable
+
+
+def _checked(model: Any, method: str, engines: Sequence[str] | str | None, budget: Budget) -> list[str]:
+    """The names of the engines to race; raises for arguments that cannot be meant."""
     if method not in ("static", "dynamic"):
         raise ConfigError(f'optimize(method={method!r}): "static" or "dynamic" is needed.')
     if not isinstance(model, torch.nn.Module | Program):
@@ -68,36 +106,18 @@ def optimize(
     chosen = list(engines) if engines is not None else [n for n in ENGINES.names() if n != "null"]
     for name in chosen:
         ENGINES.get(name)
-    budget = budget or Budget()
     if budget.accuracy_drop is not None and budget.accuracy_drop > 1:
         raise ConfigError(
             f"optimize(budget=Budget(accuracy_drop={budget.accuracy_drop!r})): accuracy lies between 0 and 1, so at "
             "most 1 can be lost; 0.005 is half a percentage point."
         )
-    if method == "dynamic" and not isinstance(model, Program):
-        report = Report(f"optimize {type(model).__name__}")
-        report.note('eager PyTorch was kept, as method="dynamic" asks')
-        return Executable(None, "eager", None, report, module=model)
-    batches = _batches(dataset)
-    if example_inputs is None and batches:
-        args, kwargs, _ = unpack_batch(batches[0])
-        example_inputs = kwargs or args
-    if not isinstance(model, Program) and example_inputs is None:
-        return _at_first_call(model, method, chosen, budget)
-    if isinstance(model, Program):
-        program, args, kwargs = model, *model.example_inputs
-        if example_inputs is not None:
-            args, kwargs = as_inputs(example_inputs)
-    else:
-        args, kwargs = as_inputs(example_inputs)
-        program = capture(model, kwargs or args)
-    if misfit := program.misfit(args, kwargs):
-        raise InputError(f"the example inputs do not fit: {misfit}")
-    if method == "dynamic":
-        report = Report(f"optimize {program.name}")
-        report.note('eager PyTorch was kept, as method="dynamic" asks')
-        return Executable(program, "eager", ENGINES.get("eager")().compile(program), report)
-    return _race(program, chosen, budget, batches, (args, kwargs), None if isinstance(model, Program) else model)
+    return chosen
+
+
+def _kept_eager(name: str) -> Report:
+    report = Report(f"optimize {name}")
+    report.note('eager PyTorch was kept, as method="dynamic" asks')
+    return report
 
 
 def _batches(dataset: Iterable[Any] | None) -> list[Any]:
@@ -115,7 +135,9 @@ def _batches(dataset: Iterable[Any] | None) -> list[Any]:
     return found
 
 
-def _at_first_call(model: torch.nn.Module, method: str, engines: list[str], budget: Budget) -> Executable:
+def _at_first_call(
+    model: torch.nn.Module, method: str, engines: list[str], budget: Budget, config: RaceConfig
+) -> Executable:
     report = Report(f"optimize {type(model).__name__}")
     report.note("captured at the first call")
 
@@ -123,38 +145,53 @@ def _at_first_call(model: torch.nn.Module, method: str, engines: list[str], budg
         args, kwargs = inputs
         if args and kwargs:
             raise InputError("the first call of an executable without example inputs: all by position or all by name.")
-        return optimize(model, method, kwargs or args, None, budget, engines=engines)
+        return optimize(model, method, kwargs or args, None, budget, engines=engines, race=config)
 
     return Executable(None, "eager", None, report, prepare=prepare)
 
 
-def _race(
-    program: Program, engines: list[str], budget: Budget, batches: list[Any], inputs: Any, module: Any
-) -> Executable:
+def _choose(
+    program: Program, engines: list[str], budget: Budget, batches: list[Any], inputs: Any,
+    module: torch.nn.Module | None, config: RaceConfig, memory: Memory, folder: Path,
+) -> Executable:  # fmt: skip
     report = Report(f"optimize {program.name}")
     report.facts.update(probe().facts())
     parent = program if program.parent is None else program.parent
-    leaves = pytree.tree_leaves(inputs)
     args, kwargs = to_float64(inputs)
     with torch.no_grad():
         reference = float64_module(parent)(*args, **kwargs)
     task = Task(
-        probe=leaves,
+        probe=pytree.tree_leaves(inputs),
         reference=[v for v in pytree.tree_leaves(reference) if isinstance(v, torch.Tensor)],
         batches=[_flat(batch, program) for batch in batches],
     )
     # The plain thing is the user's own module where there is one, not the graph that was captured from it.
-    baseline = _candidate("eager", parent, inputs, report, module)
-    assert baseline is not None, "eager takes every program"
+    plain = Executable(parent, "eager", eager_runner(parent), report, module=module)
+    starter = Starter(folder=folder, inputs=inputs, report=report, config=config, judged=bool(batches))
+    baseline = starter.plain(plain)
     rivals = [
         candidate
         for source in ([program] if program is parent else [program, parent])
         for engine in engines
-        if (engine != "eager" or source is not parent) and (candidate := _candidate(engine, source, inputs, report))
+        for candidate in starter.candidates(engine, source, own=parent.precision, baseline=plain)
     ]
-    winner = race(baseline, rivals, task, budget, report)
+    winner, decided = run_race(baseline, rivals, task, budget, report, config)
     assert winner.latency is not None, "the winner was timed"
     report.add("winner", winner.name, before=baseline.name)
+    _check_budget(winner, budget, report)
+    if winner is baseline:
+        if decided:
+            keep(memory, plain, "own" if parent is program else "parent", None, report)
+        elif memory.cache is not None:
+            report.note("not kept in the cache: on a quieter machine another engine may win")
+        return plain
+    executable = starter.open(winner)
+    keep(memory, executable, "own" if executable.program is program else "parent", starter.files(winner), report)
+    return executable
+
+
+def _check_budget(winner: Candidate, budget: Budget, report: Report) -> None:
+    assert winner.latency is not None, "the winner was timed"
     if budget.latency_ms is not None:
         detail = f"{winner.latency.median_ms:.4g} ms, budget {budget.latency_ms:g} ms"
         report.check("latency budget", winner.latency.median_ms <= budget.latency_ms, detail)
@@ -167,8 +204,6 @@ def _race(
         report.check("memory budget", peak is not None and peak <= budget.memory_gb * 1e9, detail)
     if not report.ok:
         raise CheckFailedError("; ".join(f"{c.name}: {c.detail}" for c in report.failed), report=report)
-    executable: Executable = winner.tag
-    return executable
 
 
 def _flat(batch: Any, program: Program) -> tuple[list[Any], Any]:
@@ -176,65 +211,3 @@ def _flat(batch: Any, program: Program) -> tuple[list[Any], Any]:
     if misfit := program.misfit(args, kwargs):
         raise InputError(f"dataset: {misfit}")
     return pytree.tree_leaves((args, kwargs)), labels
-
-
-_RUN_ONCE = """
-import sys
-import torch
-import torch.utils._pytree as pytree
-from deepseek_r1.engines import ENGINES
-from deepseek_r1.graph import Program
-program = Program.load(sys.argv[1])
-run = ENGINES.get(sys.argv[2])().compile(program)
-with torch.no_grad():
-    for _ in range(3):
-        run(pytree.tree_leaves(program.example_inputs))
-"""
-
-
-def _peak_memory(engine: str, program: Program, inputs: Any) -> int:
-    with tempfile.TemporaryDirectory(prefix="deepseek-r1-") as folder:
-        file = Path(folder) / "candidate.dr1"
-        replace(program, example_inputs=inputs, parent=None).save(file)
-        return peak_memory_of(_RUN_ONCE, [str(file), engine])[0]
-
-
-def _candidate(
-    engine: str, program: Program, inputs: Any, report: Report, module: torch.nn.Module | None = None
-) -> Candidate | None:
-    name = f"{engine} {program.precision}"
-    plugin = ENGINES.get(engine)()
-    reason = plugin.unavailable() or plugin.unsupported(program)
-    if reason:
-        report.skip(name, reason)
-        return None
-    try:
-        run = plugin.compile(program)
-    except Exception as e:  # a rival may fail in any way; it costs the rival only
-        report.skip(name, f"compiling failed: {type(e).__name__}: {str(e)[:300]}")
-        return None
-    on_gpu = any(t.device.type == "cuda" for t in program.exported.state_dict.values())
-
-    def finished(leaves: Sequence[Any]) -> list[torch.Tensor]:
-        with torch.no_grad():
-            outputs = list(run(leaves))
-        if on_gpu:
-            torch.cuda.synchronize()
-        return outputs
-
-    # The eager graph reads the live weights; whatever was compiled holds copies.
-    stores = {**program.exported.constants, **program.exported.state_dict}
-    watch = [] if engine == "eager" else [v for v in stores.values() if isinstance(v, torch.Tensor)]
-    executable = Executable(program, engine, run, report, watch=watch, module=module)
-    args, kwargs = inputs
-
-    def call() -> Any:
-        outputs = executable(*args, **kwargs)
-        if on_gpu:
-            torch.cuda.synchronize()
-        return outputs
-
-    return Candidate(
-        name=name, run=finished, call=call, size_bytes=program.parameters_bytes, float32=program.precision != "int8",
-        measure_peak=lambda: _peak_memory(engine, program, inputs), tag=executable,
-    )  # fmt: skip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +21,11 @@ class Runner(Protocol):
         """Run once."""
 
 
-class Engine(Protocol):
-    """Compiles a Program to something that runs.
+class Engine(ABC):
+    """Compiles a Program to files, and opens those files as something that runs.
+
+    The two steps may happen in different processes: what `build` writes is all that `open` has, so that a compiled
+    program can be raced in a process of its own and kept for the next start.
 
     Attributes:
         name: the name it is registered under.
@@ -27,16 +33,39 @@ class Engine(Protocol):
     """
 
     name: str
-    portable: bool
+    portable: bool = False
 
     def unavailable(self) -> str:
         """Why the engine cannot run on this machine; empty if it can."""
+        return ""
 
     def unsupported(self, program: Program) -> str:
-        """Why the engine cannot take this program; empty if it can (compiling may still fail)."""
+        """Why the engine cannot take this program; empty if it can (building may still fail)."""
+        return ""
 
-    def compile(self, program: Program) -> Runner:
-        """Compile; may raise anything: the race then drops the candidate and says so."""
+    def precisions(self, program: Program) -> list[str]:
+        """Precisions it can compute this program in, names of `core.formats.PRECISIONS`; the program's own first."""
+        return [program.precision]
+
+    @abstractmethod
+    def build(self, program: Program, folder: Path, precision: str) -> None:
+        """Compile into an empty folder; may raise anything: the race then drops the candidate and says so."""
+
+    @abstractmethod
+    def open(self, folder: Path, program: Callable[[], Program]) -> Runner:
+        """What `build` compiled, ready to run. The folder may be gone once this returns.
+
+        Args:
+            folder: where `build` wrote.
+            program: gives the program; may be slow the first time, so ask only if the files are not enough.
+        """
+
+
+def compile_program(engine: Engine, program: Program, precision: str | None = None) -> Runner:
+    """Build and open in this process, in the program's own precision unless told otherwise."""
+    with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as folder:
+        engine.build(program, Path(folder), precision or program.precision)
+        return engine.open(Path(folder), lambda: program)
 
 
 #: Engines by name; `get` gives a class that is called without arguments.
@@ -44,8 +73,13 @@ ENGINES = Registry(
     "engine",
     "deepseek_r1.engines",
     {
+        "cudagraph": "deepseek_r1.engines._cudagraph:CudaGraphEngine",
         "eager": "deepseek_r1.engines._eager:EagerEngine",
+        "executorch": "deepseek_r1.engines._executorch:ExecuTorchEngine",
+        "inductor": "deepseek_r1.engines._inductor:InductorEngine",
         "null": "deepseek_r1.engines._null:NullEngine",
         "onnxruntime": "deepseek_r1.engines._onnxruntime:OnnxRuntimeEngine",
+        "openvino": "deepseek_r1.engines._openvino:OpenVinoEngine",
+        "tensorrt": "deepseek_r1.engines._tensorrt:TensorRtEngine",
     },
 )

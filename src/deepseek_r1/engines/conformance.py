@@ -1,16 +1,23 @@
 """What every engine must keep to, as one call: `check_engine("mine").ok`. Built-ins and third parties pass the same.
 
-Knows engines by the registry only.
+Knows engines by the registry only. An engine that takes quantised programs may have a method
+`integer_kernels(folder) -> int`, how many products and convolutions of a compiled program are done in integers;
+then it must do them all so, because a quantised program computed in floats is right and gains nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.ao.quantization.fx._decomposed
 import torch.utils._pytree as pytree
 from torch import nn
 
@@ -18,17 +25,24 @@ from ..core import Report
 from ..graph import Program, capture, float64_module, to_float64
 from ..measure import compare
 from ._race import ERROR_FLOOR, ERROR_MULTIPLE
-from .base import ENGINES, Engine, Runner
+from .base import ENGINES, Engine, Runner, compile_program
 
 _BATCHES = (1, 3, 0)
+_q = torch.ops.quantized_decomposed
+#: Largest difference from a quantised program, relative to the largest output: a few steps of 8 bits.
+QUANTISED_ERROR = 0.05
 
 
-def check_engine(name: str) -> Report:
-    """Run an engine on three small models and check its answers and its manners.
+def check_engine(name: str, *, device: str = "cpu") -> Report:
+    """Run an engine on four small models and check its answers and its manners.
 
     The models: a residual CNN, a perceptron with a mapping of outputs (one of them None), and an embedding with
     integer inputs and a dynamic length. Checked on each: answers against float64 within the tolerance of the race, for
-    batches of 1, 3 and 0; the same call twice; calls from two threads; inputs and weights left as they were.
+    batches of 1, 3 and 0; the same call twice; inputs that are views with gaps; calls from two threads; inputs and
+    weights left as they were. The fourth is a quantised CNN: answers against the program, and integer kernels.
+
+    Args:
+        device: where the models are; "cuda" for the engines that run there.
 
     Raises:
         PluginError: no such engine.
@@ -50,7 +64,8 @@ def check_engine(name: str) -> Report:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for title, make in _MODELS.items():
-            _check_model(engine, title, *make(), report)
+            _check_model(engine, title, *_placed(make, device), report)
+        _check_quantised(engine, device, report)
     return report
 
 
@@ -116,6 +131,21 @@ def _words() -> tuple[Program, Inputs]:
 _MODELS: dict[str, Callable[[], tuple[Program, Inputs]]] = {"cnn": _cnn, "outputs": _outputs, "words": _words}
 
 
+def _placed(make: Callable[[], tuple[Program, Inputs]], device: str) -> tuple[Program, Inputs]:
+    with _on(device):
+        program, inputs = make()
+
+    def placed(n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        with _on(device):
+            return inputs(n)
+
+    return program, placed
+
+
+def _on(device: str) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if device == "cpu" else torch.device(device)
+
+
 def _check_model(engine: Engine, title: str, program: Program, inputs: Inputs, report: Report) -> None:
     reason = engine.unsupported(program)
     if not report.check(f"{title}: unsupported", isinstance(reason, str), f"a text, empty if it can: {reason!r}"):
@@ -125,13 +155,13 @@ def _check_model(engine: Engine, title: str, program: Program, inputs: Inputs, r
         return
     weights = copy.deepcopy(dict(program.exported.state_dict))
     try:
-        runner = engine.compile(program)
+        runner = compile_program(engine, program)
     except Exception as e:  # whatever a third party's engine raises is the finding
         report.check(f"{title}: compiles", False, f"{type(e).__name__}: {str(e)[:300]}")
         return
     for batch in _BATCHES:
         _attempt(report, f"{title}: answers, batch {batch}", _answers, runner, program, inputs(batch))
-    for what, check in (("twice the same", _repeats), ("two threads", _threads), ("inputs left alone", _leaves_inputs)):
+    for what, check in _MANNERS.items():
         _attempt(report, f"{title}: {what}", check, runner, pytree.tree_leaves(inputs(3)))
     now = program.exported.state_dict
     same = all(torch.equal(v, now[k]) for k, v in weights.items())
@@ -208,3 +238,83 @@ def _leaves_inputs(runner: Runner, leaves: list[Any]) -> tuple[bool, str]:
         value.add_(1)
     same = all(torch.equal(a, b) for a, b in zip(kept, leaves) if isinstance(a, torch.Tensor))
     return same, "bit by bit, also after the answers were changed in place"
+
+
+def _takes_views(runner: Runner, leaves: list[Any]) -> tuple[bool, str]:
+    # Each value in the middle of a larger tensor, every second one of its last dimension.
+    views = [torch.stack([v, v + 1], -1).flatten(-2)[..., ::2] if isinstance(v, torch.Tensor) else v for v in leaves]
+    same = all(torch.equal(a, b) for a, b in zip(runner(leaves), runner(views), strict=True))
+    return same, "the answers for contiguous inputs, bit by bit"
+
+
+_MANNERS: dict[str, Callable[[Runner, list[Any]], tuple[bool, str]]] = {
+    "twice the same": _repeats,
+    "views as inputs": _takes_views,
+    "two threads": _threads,
+    "inputs left alone": _leaves_inputs,
+}
+
+
+class _Quantised(nn.Module):
+    """A residual CNN in the neutral form: int8 weights by channel, int8 activations by tensor; 3 layers of weights."""
+
+    LAYERS = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in (("first", (8, 3, 3, 3)), ("second", (8, 8, 3, 3)), ("head", (5, 8))):
+            self.register_buffer(f"{name}_weight", torch.randint(-127, 128, shape, dtype=torch.int8))
+            self.register_buffer(f"{name}_scale", torch.rand(shape[0]) * 1e-3 + 1e-3)
+            self.register_buffer(f"{name}_zero", torch.zeros(shape[0], dtype=torch.int8))
+            self.register_buffer(f"{name}_bias", torch.randn(shape[0]) * 0.1)
+
+    def _layer(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        stored = (getattr(self, f"{name}_{part}") for part in ("weight", "scale", "zero"))
+        return _q.dequantize_per_channel(*stored, 0, -127, 127, torch.int8), getattr(self, f"{name}_bias")
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = _pair(image, 0.03, 3)
+        x = _pair(torch.relu(nn.functional.conv2d(x, *self._layer("first"), padding=1)), 0.02, -128)
+        y = _pair(nn.functional.conv2d(x, *self._layer("second"), padding=1), 0.04, -5)
+        x = _pair(torch.relu(x + y), 0.03, -128)
+        x = _pair(x.mean((2, 3)), 0.02, -128)
+        return nn.functional.linear(x, *self._layer("head"))
+
+
+def _pair(value: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
+    limits = (scale, zero, -128, 127, torch.int8)
+    found: torch.Tensor = _q.dequantize_per_tensor(_q.quantize_per_tensor(value, *limits), *limits)
+    return found
+
+
+def _check_quantised(engine: Engine, device: str, report: Report) -> None:
+    with _on(device):
+        program = replace(capture(_Quantised(), torch.randn(2, 3, 8, 8), name="quantised"), precision="int8")
+        images = {batch: torch.randn(batch, 3, 8, 8) for batch in _BATCHES}
+    if reason := engine.unsupported(program):
+        report.skip("quantised", reason)
+        return
+    with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as folder:
+        try:
+            engine.build(program, Path(folder), "int8")
+            count = getattr(engine, "integer_kernels", lambda _: None)(Path(folder))
+            runner = engine.open(Path(folder), lambda: program)
+        except Exception as e:  # as for the other models
+            report.check("quantised: compiles", False, f"{type(e).__name__}: {str(e)[:300]}")
+            return
+    for batch, image in images.items():
+        _attempt(report, f"quantised: answers, batch {batch}", _near, runner, program, image)
+    if count is None:
+        report.note(f"{engine.name} does not say how many of its kernels compute in integers")
+    else:
+        detail = f"{count} of {_Quantised.LAYERS} layers"
+        report.check("quantised: integer kernels", count == _Quantised.LAYERS, detail)
+
+
+def _near(runner: Runner, program: Program, image: torch.Tensor) -> tuple[bool, str]:
+    """Engines round at other places than the program, so that single steps of a scale differ."""
+    (answer,), expected = runner([image]), program(image)
+    if answer.shape != expected.shape or answer.dtype != expected.dtype:
+        return False, f"{answer.dtype} {tuple(answer.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
+    error = compare(_arrays([expected]), _arrays([answer])).max_rel if image.shape[0] else 0.0
+    return error <= QUANTISED_ERROR, f"error {error:.1e} against the program, allowed {QUANTISED_ERROR:.0e}"

@@ -6,16 +6,15 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch.fx import Node
 
 from ..core import ArtifactError, InputError, PluginError, Report, atomic
-from ..graph import Program, evaluation
-from .base import ENGINES, Runner
+from ..graph import Program, Signature, evaluation
+from .base import ENGINES, Runner, compile_program
 
 SCHEMA_VERSION = 1
 _ABOUT = "executable.json"
@@ -28,9 +27,11 @@ class Executable:
     the engine compiles again.
 
     Args:
-        program: what is run; None while nothing was captured yet.
+        program: what is run, or a function that gives it; None while nothing was captured yet.
         engine: name of the engine.
         runner: the compiled program.
+        precision: what the engine computes in; the program's own if None.
+        signature: the program's, where that is known without it.
         watch: tensors whose change makes the compiled program stale.
         prepare: called with the first call's inputs to make the real executable (capture at the first call).
         module: run as it is, where nothing is to be captured.
@@ -38,17 +39,20 @@ class Executable:
 
     def __init__(
         self,
-        program: Program | None,
+        program: Program | Callable[[], Program] | None,
         engine: str,
         runner: Runner | None,
         report: Report,
         *,
+        precision: str | None = None,
+        signature: Signature | None = None,
         watch: Sequence[torch.Tensor] = (),
         prepare: Callable[[Any], Executable] | None = None,
         module: torch.nn.Module | None = None,
     ) -> None:
-        self._program = program
+        self._program = cache(program) if callable(program) and not isinstance(program, Program) else program
         self._engine = engine
+        self._precision = precision
         self._runner = runner
         self._watch = [t for t in watch if not t.is_inference()]
         self._state = self._versions()
@@ -56,22 +60,10 @@ class Executable:
         self._module = module
         self._parts = [] if module is None else list(module.modules())
         self.report = report
-        if program is not None:
-            self._adopt(program)
-
-    def _adopt(self, program: Program) -> None:
-        _, self._in_tree = pytree.tree_flatten(program.example_inputs)
-        output = next(n for n in program.exported.graph.nodes if n.op == "output")
-        skip = len(program.exported.graph_signature.output_specs) - len(program.exported.graph_signature.user_outputs)
-        self._template = list(pytree.tree_leaves(output.args[0]))[skip:]
-        spec = program.exported.call_spec.out_spec
-        assert spec is not None, "a captured program always knows the nest of its outputs"
-        self._out_tree = spec
-        # Most models take tensors by position and give one; both need no walk through nested values.
-        args, kwargs = program.example_inputs
-        plain = not kwargs and all(isinstance(a, torch.Tensor) for a in args)
-        self._positional = len(args) if plain else -1
-        self._single = spec.is_leaf() and len(self._template) == 1 and isinstance(self._template[0], Node)
+        self._signature = program.signature if isinstance(program, Program) else signature
+        if self._signature is not None:
+            # Most models take tensors by position and give one; both need no walk through nested values.
+            self._positional, self._single = self._signature.positional, self._signature.single
 
     @property
     def program(self) -> Program:
@@ -80,7 +72,7 @@ class Executable:
             raise InputError('there is no program: method="dynamic" captures nothing.')
         if self._program is None:
             raise InputError("nothing was captured yet: call the executable once, or give optimize example_inputs.")
-        return self._program
+        return self._program if isinstance(self._program, Program) else self._program()
 
     @property
     def engine(self) -> str:
@@ -89,10 +81,10 @@ class Executable:
 
     @property
     def precision(self) -> str:
-        """Precision of the program that runs."""
-        if self._program is None and self._module is not None:
+        """Precision in which the engine computes."""
+        if self._precision is None and self._program is None and self._module is not None:
             return "fp32"
-        return self.program.precision
+        return self._precision or self.program.precision
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(t._version, t.data_ptr()) for t in self._watch]
@@ -108,30 +100,30 @@ class Executable:
         if self._prepare is not None:
             made = self._prepare((args, kwargs))
             self.__dict__.update(made.__dict__)
+            if self._module is not None:
+                return self._run_module(args, kwargs)
         if self._watch and self._versions() != self._state:
             self.refresh()
+        signature = self._signature
+        assert signature is not None, "what was captured has a signature"
         assert self._runner is not None, "an executable without a runner has a prepare step"
         leaves: Sequence[Any]
         if len(args) == self._positional and not kwargs and all(isinstance(a, torch.Tensor) for a in args):
             leaves = args
         else:
-            leaves, tree = pytree.tree_flatten((args, kwargs))
-            if tree != self._in_tree:
-                raise InputError(self.program.misfit(args, kwargs) or f"the inputs must nest as {self._in_tree}.")
-        if outside := self.program.outside(leaves):
-            raise InputError(self.program.misfit(args, kwargs) or outside)
+            leaves, tree = signature.flat(args, kwargs)
+            if tree != signature.in_tree:
+                raise InputError(signature.misfit(args, kwargs) or f"the inputs must nest as {signature.in_tree}.")
+        if outside := signature.outside(leaves):
+            raise InputError(signature.misfit(args, kwargs) or outside)
         with torch.no_grad():
             try:
                 outputs = self._runner(leaves)
             except Exception as e:
-                if misfit := self.program.misfit(args, kwargs):
+                if misfit := signature.misfit(args, kwargs):
                     raise InputError(misfit) from e
                 raise
-        if self._single:
-            return outputs[0]
-        results = iter(outputs)
-        filled = [next(results) if isinstance(slot, Node) else slot for slot in self._template]
-        return pytree.tree_unflatten(filled, self._out_tree)
+        return outputs[0] if self._single else signature.nest(outputs)
 
     def _run_module(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self._module
@@ -142,13 +134,13 @@ class Executable:
                 return module(*args, **kwargs)
         except Exception as e:
             # Only a misfit of the inputs is the caller's; everything else is passed on as it is.
-            if self._program is not None and (misfit := self._program.misfit(args, kwargs)):
+            if self._signature is not None and (misfit := self._signature.misfit(args, kwargs)):
                 raise InputError(misfit) from e
             raise
 
     def refresh(self) -> None:
         """Compile again from the weights as they are now."""
-        self._runner = ENGINES.get(self._engine)().compile(self.program)
+        self._runner = compile_program(ENGINES.get(self._engine)(), self.program, self._precision)
         self._state = self._versions()
         self.report.note("the weights were changed after compiling; compiled again")
 
@@ -161,10 +153,11 @@ class Executable:
         target = Path(path)
         if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / _ABOUT).is_file()):
             raise InputError(f"{target} is a file or a directory with other things in it; give a new or an empty one.")
+        about = {"schema_version": SCHEMA_VERSION, "engine": self._engine, "precision": self.precision}
         with atomic.atomic_dir(path) as tmp:
             self.program.save(tmp / "program.dr1")
             self.report.save(tmp / "report.json")
-            atomic.write_json(tmp / _ABOUT, {"schema_version": SCHEMA_VERSION, "engine": self._engine})
+            atomic.write_json(tmp / _ABOUT, about)
         return Path(path)
 
     @classmethod
@@ -179,19 +172,26 @@ class Executable:
         atomic.recover_dir(root)
         try:
             about = json.loads((root / _ABOUT).read_text())
-            version, engine = about["schema_version"], about["engine"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            version, engine, precision = about["schema_version"], about["engine"], about.get("precision")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise ArtifactError(f"{root} is no saved executable: {e}") from e
         if not isinstance(version, int) or version > SCHEMA_VERSION:
             raise ArtifactError(f"{root} has schema version {version!r}; this release reads up to {SCHEMA_VERSION}.")
         program = Program.load(root / "program.dr1")
         plugin = ENGINES.get(engine)()
-        if reason := plugin.unavailable() or plugin.unsupported(program):
+        reason = plugin.unavailable() or plugin.unsupported(program)
+        if not reason and precision is not None and precision not in plugin.precisions(program):
+            reason = f"it does not compute in {precision!r} here"
+        if reason:
             raise PluginError(f"{root} was saved for the engine {engine!r}, which cannot run it here: {reason}")
-        runner = plugin.compile(program)
-        return cls(program, engine, runner, Report.load(root / "report.json"))
+        runner = compile_program(plugin, program, precision)
+        return cls(program, engine, runner, Report.load(root / "report.json"), precision=precision)
 
     def __repr__(self) -> str:
-        what = "not captured yet" if self._program is None else f"{self._program.name}, {self.precision}"
-        what = what if self._module is None else f"{type(self._module).__name__} as it is"
+        if self._module is not None:
+            what = f"{type(self._module).__name__} as it is"
+        elif self._signature is None:
+            what = "not captured yet"
+        else:
+            what = f"{self._signature.title}, {self.precision}"
         return f"Executable({what}, engine={self._engine!r})"

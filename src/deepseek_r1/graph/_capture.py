@@ -148,7 +148,9 @@ def _captured(
         lines = fixing_lines(exported, {size for *_, size in batch})
         report.skip("dynamic batch", f"the model fixes {', '.join(told)} at the example's size{lines}")
     # A feature size that is fixed is what everybody expects; a number of tokens is not.
-    counted = {slot.name for slot in program.signature.slots if slot.is_tensor and not slot.example.is_floating_point()}
+    counted = {
+        slot.name for slot in program.signature.slots if slot.dtype is not None and not slot.dtype.is_floating_point
+    }
     if told := [f"dimension {axis} of {name} at {size}" for name, axis, size in fixed if axis and name in counted]:
         lines = fixing_lines(exported, {size for *_, size in fixed})
         report.skip("dynamic length", f"the model fixes {', '.join(told)}{lines}")

@@ -153,9 +153,11 @@ def _check_operator(target: str, where: str) -> None:
             full = f"{namespace}::{name}"
             exact = full if overload == "default" else f"{full}.{overload}"
             if exact not in _registered():
+                _registered.cache_clear()  # a custom operator may have come since
+            if exact not in _registered():
                 raise UnsafeFileError(
                     f"{where}: the graph calls {target!r}, which is no operator registered here. If it is a custom "
-                    "operator, load its library first; otherwise do not trust this file."
+                    "operator, load its library first (deepseek_r1.ops.register_custom_op); otherwise do not trust it."
                 )
             harmless = namespace in _COMPUTING or not _takes_text(full, "" if overload == "default" else overload)
             if harmless and full not in _REFUSED_OPS and namespace not in _REFUSED_SPACES:

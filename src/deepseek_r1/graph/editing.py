@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+import torch.utils._pytree as pytree
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from ._capture import torch_export
 from .program import Program
@@ -61,12 +66,57 @@ def add_constant(module: GraphModule, like: Node, tensor: torch.Tensor, name: st
         unique = f"{name}_{number}"
     module.register_buffer(unique, tensor)
     with module.graph.inserting_before(like):
-        return module.graph.get_attr(unique)
+        node = module.graph.get_attr(unique)
+    if (mode := _fake_mode(module.graph)) is not None:
+        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def add_call(before: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+    """A call before a node, said to come from the same line, with the shape and dtype of its result worked out.
+
+    Raises:
+        Exception: whatever the operator raises for inputs of these shapes; nothing was inserted then.
+    """
+    values = map_arg((args, kwargs or {}), lambda node: node.meta["val"])
+    with _fake_mode(before.graph) or contextlib.nullcontext(), enable_python_dispatcher():
+        value = target(*values[0], **values[1])
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, kwargs)
+    node.meta.update({key: before.meta[key] for key in ("nn_module_stack", "stack_trace") if key in before.meta})
+    node.meta["val"] = value
+    return node
+
+
+@contextlib.contextmanager
+def sizes_held(module: GraphModule) -> Iterator[None]:
+    """Inside, nobody can fix a dynamic size by asking a symbol for its value.
+
+    The shapes of a graph belong to the program that it came from too, which would be fixed with it.
+    """
+    mode = _fake_mode(module.graph)
+    environment = getattr(mode, "shape_env", None)
+    with environment.suppress_guards() if environment is not None else contextlib.nullcontext():
+        yield
+
+
+def _fake_mode(graph: Graph) -> FakeTensorMode | None:
+    values = (v for node in graph.nodes for v in pytree.tree_leaves(node.meta.get("val")))
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
 def argument(node: Node, index: int, default: Any = None) -> Any:
-    """A positional argument of a node, or the operator's default."""
-    return node.args[index] if len(node.args) > index else default
+    """An argument of a node by its place in the operator's schema; else `default`, or the operator's own default."""
+    if len(node.args) > index:
+        return node.args[index]
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and index < len(schema.arguments):
+        spec = schema.arguments[index]
+        if spec.name in node.kwargs:
+            return node.kwargs[spec.name]
+        if default is None and spec.has_default_value():
+            return spec.default_value
+    return default
 
 
 def own_weights(module: GraphModule) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 from ..core import InputError, Report
 from ._foreign_nests import described
-from ._signature import Signature, Slot, flat
+from ._signature import Signature, signature_of
 from .quiet import quiet_torch
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +40,8 @@ class Program:
         example_inputs: positional and keyword inputs it was captured with.
         precision: a name from `core.formats.PRECISIONS`.
         parent: the float Program a quantised one came from.
+        source: the Program a simplified one was made from. Weights that a pass rewrote are copies, so what follows
+            training further has to watch the source's weights, and simplify the source again. It is not saved.
         conditions: what the module's branches asked of the inputs' sizes, over `size_<flat input>_<axis>`.
         report: what the last stage did.
 
@@ -56,6 +58,7 @@ class Program:
     name: str = "model"
     precision: str = "fp32"
     parent: Program | None = None
+    source: Program | None = None
     conditions: tuple[str, ...] = ()
     report: Report = field(default_factory=lambda: Report("program"))
 
@@ -74,44 +77,29 @@ class Program:
         Raises:
             InputError: the inputs do not fit the captured graph; the message gives both.
         """
-        leaves, tree = flat(args, kwargs, self._keywords)
-        if tree != self.signature.tree or self.signature.outside(leaves):
-            raise InputError(self.signature.misfit(tree, leaves) or "the inputs do not fit.")
+        signature = self.signature
+        leaves, tree = signature.flat(args, kwargs)
+        if tree != signature.in_tree or signature.outside(leaves):
+            raise InputError(signature.misfit(args, kwargs) or "the inputs do not fit.")
         try:
             return self._module(*args, **kwargs)
         except Exception as e:
             # Only a misfit of the inputs is the caller's; everything else is passed on as it is.
-            if misfit := self.signature.misfit(tree, leaves):
+            if misfit := signature.misfit(args, kwargs):
                 raise InputError(misfit) from e
             raise
 
     @cached_property
     def signature(self) -> Signature:
-        """What the inputs must look like; prints as `x: float32[s0, 4] on cpu`."""
-        slots = [
-            Slot(name=name, shape=shape, example=example)
-            for name, shape, example in zip(
-                self.input_names(), self.input_shapes(), pytree.tree_leaves(self.example_inputs), strict=True
-            )
-        ]
-        _, tree = pytree.tree_flatten(self.example_inputs)
-        ranges = {str(symbol): span for symbol, span in self.exported.range_constraints.items()}
-        return Signature(self.name, slots, tree, ranges, self.conditions)
-
-    @cached_property
-    def _keywords(self) -> tuple[str, ...]:
-        return tuple(self.example_inputs[1])
+        """What goes in and what comes out; prints as `x: float32[s0, 4] on cpu`."""
+        return signature_of(self.exported, self.example_inputs, self.name, self.conditions)
 
     def misfit(self, args: Args, kwargs: Kwargs) -> str | None:
         """Why these inputs do not fit, or None if they do."""
-        leaves, tree = flat(args, kwargs, self._keywords)
-        return self.signature.misfit(tree, leaves)
+        return self.signature.misfit(args, kwargs)
 
     def outside(self, leaves: Sequence[Any]) -> str:
-        """Why flat inputs (dtype, rank, sizes) are not among those that the graph holds for; empty if they are.
-
-        The module may have taken another branch for them, so that the graph would answer wrongly without an error.
-        """
+        """Why flat inputs (dtype, rank, sizes) are not among those that the graph holds for; empty if they are."""
         return self.signature.outside(leaves)
 
     def updates(self) -> tuple[list[str], list[str]]:
@@ -129,30 +117,27 @@ class Program:
                     inputs.add(name)
         return sorted(found), sorted(inputs)
 
-    def _user_inputs(self) -> list[Node]:
-        nodes = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
-        specs = self.exported.graph_signature.input_specs
-        return [n for n, spec in zip(nodes, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
-
     def input_shapes(self) -> list[tuple[int | str, ...]]:
         """Shape of each flat input; a dynamic dimension is its symbol's name. Non-tensors give ()."""
-        shapes: list[tuple[int | str, ...]] = []
-        for node in self._user_inputs():
-            value = node.meta.get("val")
-            dims = value.shape if isinstance(value, torch.Tensor) else ()
-            shapes.append(tuple(int(str(d)) if str(d).isdigit() else str(d) for d in dims))
-        return shapes
+        return [slot.shape for slot in self.signature.slots]
 
     def input_names(self) -> list[str]:
         """Names of the flat inputs, as the graph gives them."""
-        return [n.name for n in self._user_inputs()]
+        return [slot.name for slot in self.signature.slots]
 
-    def dynamic_shapes(self) -> Any:
-        """The `dynamic_shapes` argument with which torch.export captures this graph again."""
+    def dynamic_shapes(self, most: Mapping[tuple[int, int], int] | None = None) -> Any:
+        """The `dynamic_shapes` argument with which torch.export captures this graph again.
+
+        Args:
+            most: largest sizes, by (flat input, axis), for those who need a bound.
+        """
         leaves = pytree.tree_leaves(self.example_inputs)
         # A new capture sees the graph, not the module, so it must be told what the module's branches allow.
         limits = self.signature.limits
         bounds = {(i, axis): (low, high) for i, axis, _, low, high in limits if low or high < math.inf}
+        for place, size in (most or {}).items():
+            low, high = bounds.get(place, (0, math.inf))
+            bounds[place] = (low, min(high, size))
         specs = [
             {axis: _dim(*bounds.get((i, axis), (0, math.inf))) for axis, d in enumerate(shape) if isinstance(d, str)}
             if isinstance(leaf, torch.Tensor)
@@ -222,18 +207,20 @@ def _dim(low: int, high: float) -> Any:
 def float64_module(program: Program) -> GraphModule:
     """A deep copy of the graph that computes in float64: the reference that float32 answers are judged by.
 
-    The user's own parameters are left alone. Casts to float32 inside the graph become casts to float64.
+    The user's own parameters are left alone. Casts to float32 or less inside the graph become casts to float64.
     """
     with quiet_torch():
-        module: GraphModule = copy.deepcopy(program.exported.module(check_guards=False))  # type: ignore[assignment]
-    module.double()
+        return float64_copy(program.exported.module(check_guards=False))  # type: ignore[arg-type]
+
+
+def float64_copy(module: GraphModule) -> GraphModule:
+    """A deep copy of a graph, with everything inside it in float64."""
+    module = copy.deepcopy(module).double()
     for part in module.modules():
         if not isinstance(part, GraphModule):
             continue
         for node in part.graph.nodes:
-            swap = lambda v: torch.float64 if v is torch.float32 else v  # noqa: E731
-            node.args = pytree.tree_map(swap, node.args)
-            node.kwargs = pytree.tree_map(swap, node.kwargs)
+            node.args, node.kwargs = as_double((node.args, node.kwargs))
         part.recompile()
     return module
 
@@ -241,3 +228,9 @@ def float64_module(program: Program) -> GraphModule:
 def to_float64(values: Any) -> Any:
     """The same nest of values with floating-point tensors in float64."""
     return pytree.tree_map(lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, values)
+
+
+def as_double(values: Any) -> Any:
+    """`to_float64` for the arguments of a call: the narrower types that it names become float64 too."""
+    swap = lambda v: torch.float64 if v in _NARROW else v  # noqa: E731
+    return to_float64(pytree.tree_map_only(torch.dtype, swap, values))

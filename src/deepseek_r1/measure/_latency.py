@@ -36,8 +36,39 @@ class Latency:
         return float(np.percentile(self.seconds, q)) * 1e3
 
 
-def paired_latency(
-    rivals: Mapping[str, Callable[[], Any]],
+#: Runs a rival: for at least so many seconds untimed, then so many calls timed; gives seconds per call.
+Turn = Callable[[float, int], float]
+
+
+def turn_of(function: Callable[[], Any]) -> Turn:
+    """A function without arguments as a rival's turn. On a GPU it must wait for its result itself."""
+
+    def turn(settle_s: float, calls: int) -> float:
+        end = time.perf_counter() + settle_s
+        function()
+        while time.perf_counter() < end:
+            function()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+
+    return turn
+
+
+def paired_latency(rivals: Mapping[str, Callable[[], Any]], **how: Any) -> dict[str, Latency]:
+    """Time functions in turns; the arguments are those of `paired_turns`.
+
+    Example:
+        >>> times = paired_latency({"a": lambda: sum(range(50)), "b": lambda: sum(range(5000))}, rounds=9)
+        >>> times["a"].median_ms < times["b"].median_ms
+        True
+    """
+    return paired_turns({name: turn_of(function) for name, function in rivals.items()}, **how)
+
+
+def paired_turns(
+    rivals: Mapping[str, Turn],
     *,
     rounds: int = 50,
     warmup: int = 3,
@@ -45,53 +76,33 @@ def paired_latency(
     max_seconds: float | None = None,
     settle_s: float = 2e-3,
 ) -> dict[str, Latency]:
-    """Time the rivals in turns.
+    """Time the rivals in turns, wherever each of them runs.
 
     Args:
-        rivals: name -> function without arguments. On a GPU it must wait for its result itself.
+        rivals: name -> its turn; see `turn_of`.
         rounds: how often each is timed.
         warmup: untimed calls of each before.
-        min_round_s: a faster function is called several times a round, so that the clock is fine enough.
+        min_round_s: a faster rival is called several times a round, so that the clock is fine enough.
         max_seconds: stop after this time, though never before five rounds.
         settle_s: pause before each rival's turn, and length of the untimed calls that follow. Thread pools of one
             engine keep spinning for a while after its call and would take the cores from the next one.
-
-    Example:
-        >>> times = paired_latency({"a": lambda: sum(range(50)), "b": lambda: sum(range(5000))}, rounds=9)
-        >>> times["a"].median_ms < times["b"].median_ms
-        True
     """
     repeats = {}
-    for name, function in rivals.items():
-        for _ in range(max(1, warmup)):
-            function()
-        start = time.perf_counter()
-        function()
-        once = max(time.perf_counter() - start, 1e-7)
+    for name, turn in rivals.items():
+        turn(0.0, max(1, warmup))
+        once = max(turn(0.0, 1), 1e-7)
         repeats[name] = max(1, min(1000, int(min_round_s / once)))
     times: dict[str, list[float]] = {name: [] for name in rivals}
     names = list(rivals)
     begin = time.perf_counter()
     for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            function, n = rivals[name], repeats[name]
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             time.sleep(settle_s)
-            _run_for(function, settle_s)
-            start = time.perf_counter()
-            for _ in range(n):
-                function()
-            times[name].append((time.perf_counter() - start) / n)
+            times[name].append(rivals[name](settle_s, repeats[name]))
         if max_seconds is not None and number >= 4 and time.perf_counter() - begin > max_seconds:
             break
     return {name: Latency(name=name, seconds=tuple(values)) for name, values in times.items()}
-
-
-def _run_for(function: Callable[[], Any], seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    function()
-    while time.perf_counter() < end:
-        function()
 
 
 def ratio_interval(a: Latency, b: Latency, *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float, float]:

@@ -28,7 +28,7 @@ _TABLES = (_onnx_ops_math, _onnx_ops_nn, _onnx_ops_shape)
 _ONNX_DOMAINS = ("", "ai.onnx")
 
 
-def build(model: onnx.ModelProto) -> fx.GraphModule:
+def build(model: onnx.ModelProto, class_name: str = "OnnxModel") -> fx.GraphModule:
     """The module that computes what `model` describes, in evaluation mode.
 
     `meta` holds the file's "input_names" and "output_names".
@@ -36,7 +36,7 @@ def build(model: onnx.ModelProto) -> fx.GraphModule:
     Raises:
         UnsupportedOpError: a form of an operator has no translation.
     """
-    return _Builder(model).module()
+    return _Builder(model).module(class_name)
 
 
 def torch_name(name: str) -> str:
@@ -48,6 +48,20 @@ def torch_name(name: str) -> str:
     """
     parts = [re.sub(r"\W", "_", part).strip("_") for part in name.split(".")]
     return ".".join(part for part in parts if part) or "value"
+
+
+def attribute_path(path: str) -> str:
+    """The path, changed where torch.fx could not write it down.
+
+    Example:
+        >>> attribute_path("block.float.in.weight")
+        'block.float_.in_.weight'
+    """
+    # Methods of Module cannot be set as attributes; keywords cannot stand in the code that torch.fx writes.
+    taken = (
+        part + "_" if hasattr(torch.nn.Module, part) or keyword.iskeyword(part) else part for part in path.split(".")
+    )
+    return ".".join(taken)
 
 
 def _argument_name(name: str) -> str:
@@ -112,7 +126,7 @@ class _Builder:
             if node.op_type in LITERAL_OPS:
                 self.fixed.update(single.intersection(node.input))
 
-    def module(self) -> fx.GraphModule:
+    def module(self, class_name: str) -> fx.GraphModule:
         graph = self.model.graph
         for proto in graph.initializer:
             self._constant(proto.name, proto, is_initializer=True)
@@ -127,7 +141,7 @@ class _Builder:
         outputs = [self._output(info) for info in graph.output]
         self.graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
         self.graph.lint()
-        module = fx.GraphModule(self.attributes, self.graph, class_name="OnnxModel")
+        module = fx.GraphModule(self.attributes, self.graph, class_name=class_name)
         module.meta["input_names"] = [i.name for i in inputs]
         module.meta["output_names"] = [o.name for o in graph.output]
         return module.eval()
@@ -172,8 +186,7 @@ class _Builder:
         def clashes(new: str) -> bool:
             return any(new == p or new.startswith(p + ".") or p.startswith(new + ".") for p in self.attributes)
 
-        # A leaf called like a method of Module (`float`, `type`) cannot be set as an attribute.
-        path = ".".join(part + "_" if hasattr(torch.nn.Module, part) else part for part in path.split("."))
+        path = attribute_path(path)
         path = path.replace(".", "_") if clashes(path) else path
         unique, count = path, 1
         while clashes(unique):

@@ -12,11 +12,9 @@ import onnxruntime
 import torch
 from torch import Tensor, fx
 
-from ..core import ArtifactError, CheckFailedError, InputError, Report, UnsupportedOpError
-from ..measure import compare
+from ..core import ArtifactError, InputError, Report, UnsupportedOpError
+from ._conversion import TOLERANCE, first_line, given_arrays, judge
 
-#: Largest difference allowed, as a share of the largest absolute output.
-TOLERANCE = 1e-5
 #: Where values are rounded to integers, two right answers differ by whole steps.
 TOLERANCE_ROUNDED = 2e-2
 #: Sizes tried for dynamic dimensions: (batch, sequence-like, picture-like).
@@ -57,7 +55,7 @@ def check(
     """Run both sides and compare: twice, with different sizes, where dimensions are dynamic.
 
     Raises:
-        CheckFailedError: an output differs by more than the tolerance.
+        CheckFailedError: an output or the loss differs by more than the tolerance.
         InputError: onnxruntime accepts none of the inputs made here.
     """
     report = Report(f"load_onnx {file.name}")
@@ -66,18 +64,8 @@ def check(
     for feeds, wanted in _runs(session, model, module, example_inputs):
         shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in feeds.items())
         got = _run(module, feeds, f"{file} (inputs: {shapes})")
-        for name, ours, theirs in zip(
-            module.meta["output_names"], [got] if isinstance(got, Tensor) else got, wanted, strict=True
-        ):
-            worst = _difference(ours, theirs)
-            report.add(f"difference of {name}", worst, unit="of the largest value", how=f"onnxruntime, {shapes}")
-            if not report.check(f"parity of {name}", worst <= limit, f"{worst:.2e} of at most {limit:.0e}"):
-                raise CheckFailedError(
-                    f"{file}: the output {name!r} of the loaded module differs from onnxruntime's by {worst:.2e} of "
-                    f"its largest value, allowed is {limit:.0e} (inputs: {shapes}). Give realistic values with "
-                    "example_inputs=..., or report the model as a defect.",
-                    report=report,
-                )
+        outputs = zip(module.meta["output_names"], [got] if isinstance(got, Tensor) else got, wanted, strict=True)
+        judge(report, str(file), list(outputs), engine="onnxruntime", shapes=shapes, limit=limit)
     return report
 
 
@@ -94,29 +82,20 @@ def _run(module: fx.GraphModule, feeds: Mapping[str, np.ndarray[Any, Any]], what
         ) from e
 
 
-def _difference(ours: Tensor, theirs: np.ndarray[Any, Any]) -> float:
-    mine = ours.detach().cpu().numpy()
-    if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-        return float("inf")
-    if np.issubdtype(theirs.dtype, np.floating):
-        return compare([theirs], [mine]).max_rel
-    # Integers are indices or codes as often as quantities: what counts is how many are the same.
-    return float(np.mean(mine != theirs)) if mine.size else 0.0
-
-
 def _runs(
     session: onnxruntime.InferenceSession, model: onnx.ModelProto, module: fx.GraphModule, example_inputs: Any
 ) -> list[tuple[dict[str, np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]]]:
     """Inputs that onnxruntime accepts, with its outputs."""
     names = module.meta["output_names"]
     if example_inputs is not None:
-        feeds = _given(module.meta["input_names"], example_inputs)
+        inputs = module.meta["input_names"]
+        feeds = dict(zip(inputs, given_arrays(inputs, example_inputs), strict=True))
         try:
             return [(feeds, session.run(names, feeds))]
         except Exception as e:
             raise InputError(f"onnxruntime refuses the example inputs: {first_line(e)}") from e
     wanted = 2 if any(not isinstance(d, int) for i in session.get_inputs() for d in i.shape) else 1
-    bounds = _index_bounds(model)
+    bounds = index_bounds(model)
     found, last = [], ""
     for attempt, sizes in enumerate(_SIZES + _OTHER_SIZES):
         feeds = _random(session, sizes, bounds, seed=attempt)
@@ -132,24 +111,6 @@ def _runs(
             "Give load_onnx real ones: example_inputs=(tensor, ...)."
         )
     return found
-
-
-def first_line(error: Exception) -> str:
-    """The first line of another library's message, as a sentence."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300].rstrip(".: ") + "."
-
-
-def _given(names: list[str], example_inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
-    if isinstance(example_inputs, Mapping):
-        missing = [n for n in names if n not in example_inputs]
-        if missing:
-            raise InputError(f"example_inputs lacks {missing}; the model's inputs are {names}.")
-        return {n: torch.as_tensor(example_inputs[n]).numpy() for n in names}
-    values = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
-    if len(values) != len(names):
-        raise InputError(f"example_inputs has {len(values)} tensors; the model's inputs are {names}.")
-    return {n: torch.as_tensor(v).numpy() for n, v in zip(names, values, strict=True)}
 
 
 def _random(
@@ -188,7 +149,7 @@ _NUMPY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _index_bounds(model: onnx.ModelProto) -> dict[str, int]:
+def index_bounds(model: onnx.ModelProto) -> dict[str, int]:
     """For each input that indexes a constant table: the table's length."""
     tables = {t.name: tuple(t.dims) for t in model.graph.initializer}
     origin = {i.name: i.name for i in model.graph.input}

@@ -16,8 +16,9 @@ import torch
 from google.protobuf.message import DecodeError
 
 from ..core import ArtifactError, InputError
+from ._conversion import first_line
 from ._onnx_build import build, refuse_unknown
-from ._onnx_check import check, first_line, open_session
+from ._onnx_check import check, open_session
 
 
 def load_onnx(path: str | os.PathLike[str], *, example_inputs: Any = None) -> torch.nn.Module:

@@ -16,7 +16,12 @@ from ..core.userfile import load_file
 SOURCES = Registry(
     "model source",
     "deepseek_r1.sources",
-    {"file": "deepseek_r1.models:load_factory", "onnx": "deepseek_r1.models:load_onnx"},
+    {
+        "file": "deepseek_r1.models:load_factory",
+        "keras": "deepseek_r1.models:load_keras",
+        "onnx": "deepseek_r1.models:load_onnx",
+        "tensorflow": "deepseek_r1.models:load_tensorflow",
+    },
 )
 
 

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from ..core import INT8_ACTIVATION, INT8_WEIGHT, ConfigError, InputError, Report, progress
 from ..data import unpack_batch
-from ..graph import Program, rewrite, simplify
+from ..graph import PASSES, Program, rewrite, simplify
 from ..graph.editing import add_constant, argument, constant_of, own_weights
 from ._observe import Ranges, affine, quantize_weight
 from ._rounding import observe_moments, round_weight
@@ -88,8 +88,10 @@ def quantize_static(program: Program, dataset: Iterable[Any], config: Int8Static
         way = "give its float parent" if program.precision == "int8" else "convert the model first: model.float()"
         raise InputError(f"the program is {program.precision} already, and int8 starts from fp32; {way}.")
     batches = calibration_inputs(program, dataset, config.calibration_batches)
+    # Layers that were merged would share one range of activations, and lose accuracy.
+    simple = simplify(program, [name for name in PASSES if name != "merge_linears"], strict=False)
     # A snapshot: training the module further must not change half of a quantised program (its biases).
-    parent = rewrite(simplify(program), own_weights)
+    parent = rewrite(simple, own_weights, source=None)
     report = Report(f"quantise {program.name} to int8")
     parent_bytes = parent.parameters_bytes
 

@@ -11,6 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ..core import ArtifactError, InputError
+from ._empty import run_empty
 
 Array = NDArray[Any]
 
@@ -21,13 +22,22 @@ class OnnxSession:
     Args:
         model: path of the file, or its bytes.
         threads: threads inside one operator; None leaves the choice to ONNX Runtime.
+        write_optimised: where to write the graph as ONNX Runtime runs it, for looking at it.
     """
 
-    def __init__(self, model: str | os.PathLike[str] | bytes, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | bytes,
+        *,
+        threads: int | None = None,
+        write_optimised: str | os.PathLike[str] | None = None,
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        if write_optimised is not None:
+            options.optimized_model_filepath = os.fspath(write_optimised)
         source = model if isinstance(model, bytes) else os.fspath(model)
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -50,20 +60,10 @@ class OnnxSession:
             InputError: wrong names, types or shapes.
         """
         if any(v.size == 0 for v in feeds.values()):
-            return self._run_empty(feeds)
+            return run_empty(self.run, feeds, self._batch, self._batched)
         try:
             outputs: list[Array] = self._session.run(self.output_names, dict(feeds))
         except Exception as e:  # as above
             given = {k: (v.dtype.name, v.shape) for k, v in feeds.items() if isinstance(v, np.ndarray)}
             raise InputError(f"the model takes {self._types}; given: {given}. ONNX Runtime says: {e}") from e
         return outputs
-
-    def _run_empty(self, feeds: Mapping[str, Array]) -> list[Array]:
-        # Some kernels give wrong shapes for an empty batch, and some (LSTM, as of 1.31) end the process. One row of
-        # zeros goes in instead, and comes out again.
-        full = {}
-        for name, value in feeds.items():
-            if name not in self._batch or value.shape[0] != 0 or 0 in value.shape[1:]:
-                raise InputError(f"input {name!r} of shape {value.shape} has no elements; only a batch may be empty.")
-            full[name] = np.zeros((1, *value.shape[1:]), dtype=value.dtype)
-        return [out[:0] if cut else out for out, cut in zip(self.run(full), self._batched, strict=True)]

@@ -23,7 +23,14 @@ class Session(Protocol):
 
 
 #: Runtimes by the engine name in the manifest; each is called with the model file's path and `threads=`.
-RUNTIMES = Registry("runtime", "deepseek_r1.runtimes", {"onnxruntime": "deepseek_r1.runtime._onnxruntime:OnnxSession"})
+RUNTIMES = Registry(
+    "runtime",
+    "deepseek_r1.runtimes",
+    {
+        "onnxruntime": "deepseek_r1.runtime._onnxruntime:OnnxSession",
+        "openvino": "deepseek_r1.runtime._openvino:OpenVinoSession",
+    },
+)
 
 
 class Predictor:

@@ -1,0 +1,154 @@
+"""What each pass of `simplify` gains, on every architecture of the zoo and every engine.
+
+    python benchmarks/passes.py [--models bert_base,unet] [--engines eager,onnxruntime] [--rounds 40] [--seconds 20]
+
+For each architecture all passes are run once. For each pass that changed something, the program without that pass and
+the program with all of them are compiled by each engine and timed in turns, and so is the plain program against the
+simplified one. The program with all passes runs under a second name as well: how far it is from itself is what the
+method can tell. A pass that gains less than 3 % everywhere is named at the end; it should be deleted.
+
+One model at a time is held in memory. Writes benchmarks/results/passes.json after each model, so that a run that was
+broken off is not lost; `--resume` leaves out models that the file has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from zoo import ENTRIES, Entry
+
+from deepseek_r1.core import atomic, probe
+from deepseek_r1.engines import ENGINES, compile_program
+from deepseek_r1.graph import PASSES, Program, as_inputs, capture, simplify
+from deepseek_r1.measure import paired_latency, ratio_interval
+
+RESULT = Path(__file__).parent / "results" / "passes.json"
+#: What a pass must gain on one architecture and engine at least, to stay.
+WORTH = 1.03
+
+
+def programs(program: Program) -> tuple[dict[str, Program], list[dict[str, Any]]]:
+    """The plain program, the simplified one, one without each pass that changed something; and what was changed."""
+    full = simplify(program, strict=False)
+    prefix = "pass "
+    rows = [r for r in full.report.rows if r.unit == "nodes" and r.metric.startswith(prefix)]
+    made = {"plain": program, "all": full}
+    for row in rows:
+        name = row.metric.removeprefix(prefix)
+        made[f"without {name}"] = simplify(program, [p for p in PASSES if p != name], strict=False)
+    changes = [
+        {"pass": r.metric.removeprefix(prefix), "nodes_before": r.before, "nodes_after": r.after, "how": r.how}
+        for r in rows
+    ]
+    return made, changes
+
+
+def call_of(engine: str, program: Program, leaves: list[Any]) -> Callable[[], object]:
+    """One run of a program on an engine; raises whatever the engine raises while it compiles."""
+    plugin = ENGINES.get(engine)()
+    if reason := plugin.unavailable() or plugin.unsupported(program):
+        raise RuntimeError(reason)
+    run = compile_program(plugin, program)
+
+    def call() -> object:
+        with torch.inference_mode():
+            return run(leaves)
+
+    return call
+
+
+def measure(engine: str, made: dict[str, Program], leaves: list[Any], rounds: int, seconds: float) -> dict[str, Any]:
+    """Gain of each pass on one engine: time without it over time with all passes."""
+    calls: dict[str, Callable[[], object]] = {}
+    failed = {}
+    for name, program in made.items():
+        try:
+            calls[name] = call_of(engine, program, leaves)
+        except Exception as e:  # an engine may refuse in any way; that is a result
+            failed[name] = f"{type(e).__name__}: {str(e)[:200]}"
+    if "all" not in calls:
+        return {"failed": failed}
+    calls["all again"] = calls["all"]
+    times = paired_latency(calls, rounds=rounds, max_seconds=seconds)
+    gains = {}
+    for name in times:
+        if name != "all":
+            low, middle, high = ratio_interval(times[name], times["all"])
+            gains[name] = {"gain": middle, "low": low, "high": high}
+    return {"ms": {name: t.median_ms for name, t in times.items()}, "gains": gains, "failed": failed}
+
+
+def one_model(entry: Entry, engines: list[str], rounds: int, seconds: float, small: bool) -> dict[str, Any]:
+    """All measurements of one architecture."""
+    module, inputs = entry.make(small=small)
+    made, changes = programs(capture(module, inputs))
+    args, kwargs = as_inputs(inputs)
+    leaves = pytree.tree_leaves((args, kwargs))
+    return {
+        "shapes": entry.shapes,
+        "changes": changes,
+        "engines": {engine: measure(engine, made, leaves, rounds, seconds) for engine in engines},
+    }
+
+
+def best_gains(models: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each pass, where it gains most; only what the interval and the spread of the run itself bear out counts."""
+    best: dict[str, dict[str, Any]] = {name: {"gain": 1.0, "where": ""} for name in PASSES}
+    for model, result in models.items():
+        for engine, measured in result["engines"].items():
+            gains = measured.get("gains", {})
+            noise = gains.get("all again", {"high": 1.0})["high"]
+            for name in PASSES:
+                found = gains.get(f"without {name}")
+                if found and found["low"] > max(1.0, noise) and found["gain"] > best[name]["gain"]:
+                    best[name] = {"gain": found["gain"], "where": f"{model} on {engine}"}
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="", help="names of the zoo, by commas; all by default")
+    parser.add_argument("--engines", default="", help="names of engines, by commas; all but null by default")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=20.0, help="at most this long for one model and engine")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--small", action="store_true", help="the zoo's small variants, to try the script")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    wanted = args.models.split(",") if args.models else [entry.name for entry in ENTRIES]
+    engines = args.engines.split(",") if args.engines else [name for name in ENGINES.names() if name != "null"]
+    document: dict[str, Any] = {
+        "schema_version": 1,
+        "what": "time without a pass / time with all passes, paired rounds; above 1 the pass gains",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "hardware": probe().to_dict(),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "models": json.loads(args.out.read_text())["models"] if args.resume and args.out.is_file() else {},
+    }
+    for entry in ENTRIES:
+        if entry.name not in wanted or entry.name in document["models"]:
+            continue
+        document["models"][entry.name] = one_model(entry, engines, args.rounds, args.seconds, args.small)
+        document["best"] = best_gains(document["models"])
+        atomic.write_json(args.out, document)
+        for engine, measured in document["models"][entry.name]["engines"].items():
+            told = {name: f"{gain['gain']:.3f}" for name, gain in measured.get("gains", {}).items()}
+            print(entry.name, engine, told or measured["failed"], flush=True)
+    for name, found in best_gains(document["models"]).items():
+        verdict = "stays" if found["gain"] >= WORTH else "gains less than 3 % everywhere"
+        print(f"{name}: {verdict}; best {found['gain']:.3f} {found['where']}")
+
+
+if __name__ == "__main__":
+    main()

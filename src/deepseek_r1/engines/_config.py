@@ -1,0 +1,44 @@
+"""How a race is run: what `optimize(race=...)` takes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ..core import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceConfig:
+    """How candidates are built and timed.
+
+    Attributes:
+        isolated: build and time each candidate in a child process, so that its crash, hang or hunger for memory costs
+            the candidate only. What cannot travel there (an engine registered in this process, an operator written in
+            Python, a model on a GPU) is raced in this process, and the report says so.
+        timeout_s: a candidate that takes longer to build, or to answer once, is out.
+        memory_gb: resident memory at which a child is ended; None for four fifths of what is free when it starts.
+        rounds: timed rounds of the final; the first rung takes a tenth of them, at least five.
+        seconds: about how long the final may take, though never less than five rounds.
+        cache: keep the choice and the compiled files for the next time, and look there first. A path names another
+            directory than the user's own cache.
+
+    Example:
+        >>> RaceConfig(timeout_s=60).rounds
+        60
+    """
+
+    isolated: bool = True
+    timeout_s: float = 900.0
+    memory_gb: float | None = None
+    rounds: int = 60
+    seconds: float = 8.0
+    cache: bool | str | os.PathLike[str] = True
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_s", "memory_gb", "seconds"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and value > 0):
+                raise ConfigError(f"RaceConfig({name}={value!r}): a number above 0 is needed.")
+        if not isinstance(self.rounds, int) or self.rounds < 5:
+            raise ConfigError(f"RaceConfig(rounds={self.rounds!r}): at least 5 rounds are needed.")

@@ -1,0 +1,138 @@
+"""PyTorch's own compiler as an engine: AOTInductor writes machine code once, and opening it compiles nothing.
+
+For programs on the CPU (C++ and oneDNN kernels) and on CUDA (Triton kernels). Weights are folded into the package
+("freezing"), which is where most of its speed on the CPU comes from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule
+
+from ..core import probe
+from ..graph import Program, rewrite
+from ..graph.quiet import quiet_torch
+from ._cast import cannot_cast, cast
+from ._refusals import changes_state, devices, eager_where, is_empty
+from .base import Engine, Runner
+
+_q = torch.ops.quantized_decomposed
+PACKAGE = "model.pt2"
+#: Entry points of oneDNN's integer products and convolutions, as the generated C++ code calls them.
+_INTEGER_CALL = re.compile(r"aoti_torch_cpu__q(?:conv|linear)_\w+\(")
+
+
+class InductorEngine(Engine):
+    """Compiles with AOTInductor.
+
+    The code is made for as many threads as PyTorch has while it compiles.
+    """
+
+    name = "inductor"
+
+    def unavailable(self) -> str:
+        """Needs a C++ compiler while it compiles."""
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            return f"the C++ compiler {compiler!r} was not found: install g++, or name another in CXX"
+        return ""
+
+    def unsupported(self, program: Program) -> str:
+        """One kind of device, and no state."""
+        kinds = devices(program)
+        if len(kinds) > 1:
+            return f"its tensors are on {' and '.join(sorted(kinds))}"
+        if program.precision == "int8" and kinds != {"cpu"}:
+            return "it has integer kernels for quantised programs on the CPU only"
+        return changes_state(program)
+
+    def precisions(self, program: Program) -> list[str]:
+        """Lower floating-point types where the hardware computes in them."""
+        if cannot_cast(program):
+            return [program.precision]
+        if devices(program) == {"cuda"}:
+            return [program.precision, "bf16", "fp16"]
+        fast = {"avx512_bf16", "amx_bf16"} & set(probe().isa)
+        return [program.precision, *(["bf16"] if fast else [])]
+
+    def build(self, program: Program, folder: Path, precision: str) -> None:
+        """Compile to a package of machine code and weights."""
+        if precision != program.precision:
+            program = cast(program, precision)
+        elif precision == "int8":
+            program = retarget(program)
+        package(program, folder / PACKAGE)
+
+    def open(self, folder: Path, program: Callable[[], Program]) -> Runner:
+        """Load the machine code."""
+        # Kernels divide by sizes, some of them; a batch of nothing is not worth a kernel.
+        return eager_where(is_empty, package_runner(folder / PACKAGE), program)
+
+    def integer_kernels(self, folder: Path) -> int:
+        """How many products and convolutions the compiled code does in integers."""
+        with zipfile.ZipFile(folder / PACKAGE) as archive:
+            sources = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".wrapper.cpp")]
+        return sum(len(_INTEGER_CALL.findall(text)) for text in sources)
+
+
+def package(program: Program, path: Path, **options: Any) -> None:
+    """Compile a program with AOTInductor into one file; `options` are Inductor's."""
+    exported = _contiguous(program).exported
+    with quiet_torch(), torch.no_grad():
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(path), inductor_configs={"freezing": True, **options}
+        )
+
+
+def package_runner(path: Path, *, single_threaded: bool = False) -> Runner:
+    """The compiled function behind a package, on flat inputs; unless told otherwise, for several threads."""
+    with quiet_torch():
+        loaded = torch._inductor.aoti_load_package(str(path), run_single_threaded=single_threaded)
+    # The object's own call reads its description of nested inputs as JSON each time; the inputs are flat already.
+    run_flat = loaded.loader.boxed_run
+
+    def run(leaves: Sequence[Any]) -> list[torch.Tensor]:
+        # The code reads memory in the order it was compiled for and does not look at strides.
+        outputs = run_flat([v.detach().contiguous() for v in leaves if isinstance(v, torch.Tensor)])
+        return [v for v in outputs if isinstance(v, torch.Tensor)]
+
+    return run
+
+
+def _contiguous(program: Program) -> Program:
+    """The program captured with contiguous example inputs, because their strides become part of the code."""
+    tensors = [v for v in pytree.tree_leaves(program.example_inputs) if isinstance(v, torch.Tensor)]
+    if all(v.is_contiguous() for v in tensors):
+        return program
+    straight = pytree.tree_map(lambda v: v.contiguous() if isinstance(v, torch.Tensor) else v, program.example_inputs)
+    return rewrite(replace(program, example_inputs=straight), lambda module: None)
+
+
+def retarget(program: Program) -> Program:
+    """Shift quantised activations from int8 to uint8 (zero point + 128), which is exact.
+
+    Inductor's patterns for oneDNN's integer kernels expect unsigned activations and signed weights.
+    """
+
+    def change(module: GraphModule) -> int:
+        count = 0
+        nodes: list[Any] = list(module.graph.nodes)
+        for node in nodes:
+            if node.target in (_q.quantize_per_tensor.default, _q.dequantize_per_tensor.default):
+                value, scale, zero, low, high, dtype, *rest = node.args
+                if dtype is torch.int8:
+                    node.args = (value, scale, zero + 128, low + 128, high + 128, torch.uint8, *rest)
+                    count += 1
+        return count
+
+    return rewrite(program, change)

@@ -1,0 +1,37 @@
+"""Operators as plain functions on tensors: the door for operators written in C++. Knows no layers.
+
+After `register_custom_op("swish", path)` this package has the operator as `swish` and as the module `Swish`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._build import BuildError, MissingCompilerError, build_op, include_dir
+from ._library import Attribute, Description, describe
+from ._register import CustomOp, libraries, register_custom_op, registered, registered_names
+
+__all__ = [
+    "Attribute",
+    "BuildError",
+    "CustomOp",
+    "Description",
+    "MissingCompilerError",
+    "build_op",
+    "describe",
+    "include_dir",
+    "libraries",
+    "register_custom_op",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("__") and (found := registered(name)) is not None:
+        return found
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}; an operator is there after register_custom_op(name, library)"
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *registered_names()})
