@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from deepseek_r1.core import UnsupportedOpError
-from deepseek_r1.engines import to_onnx
+from deepseek_r1.engines import ENGINES, compile_program, to_onnx
 from deepseek_r1.engines._onnx import retarget
 from deepseek_r1.graph import capture
 from deepseek_r1.models import DigitsNet
@@ -194,3 +194,14 @@ def test_models_that_are_too_large_are_refused(monkeypatch):
     monkeypatch.setattr(_onnx, "_LIMIT_BYTES", 10)
     with pytest.raises(UnsupportedOpError, match="an ONNX file holds at most 2"):
         to_onnx(capture(nn.Linear(3, 2), torch.randn(2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recurrent_layers_stay_one_operator_of_any_length(kind):
+    net = getattr(torch.nn, kind)(3, 5, batch_first=True).eval()
+    program = capture(net, torch.randn(2, 6, 3))
+    run = compile_program(ENGINES.get("onnxruntime")(), program)
+    for shape in ((2, 6, 3), (1, 1, 3), (4, 11, 3)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(run([x])[0], net(x)[0], rtol=1e-4, atol=1e-5)
+    assert kind in {node.op_type for node in to_onnx(program).graph.node}

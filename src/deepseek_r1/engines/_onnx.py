@@ -12,7 +12,7 @@ import torch
 from onnx import numpy_helper
 
 from ..core import UnsupportedOpError
-from ..graph import Program
+from ..graph import Program, recurrent_shapes
 from ..graph.quiet import quiet_torch
 
 #: One above the 2 GiB that a single protobuf message can hold is refused; larger models need external data.
@@ -45,7 +45,7 @@ def to_onnx(program: Program, *, external_data: bool = False) -> onnx.ModelProto
         raise UnsupportedOpError(f"{program.name!r} gives {plain} beside its tensors; ONNX gives tensors only.")
     outputs = ["output"] if len(names) == 1 else [f"output_{i}" for i in range(len(names))]
     try:
-        with quiet_torch(), contextlib.redirect_stdout(io.StringIO()):
+        with quiet_torch(), recurrent_shapes(decomposing=True), contextlib.redirect_stdout(io.StringIO()):
             exported = torch.onnx.export(
                 program.exported, (), dynamo=True, opset_version=20, verbose=False,
                 input_names=program.input_names(), output_names=outputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._capture import as_inputs, capture, capture_as_is, evaluation
 from ._foreign import load_pt2
 from ._memory_plan import BufferPlan, buffer_plan
+from ._recurrent import recurrent_shapes
 from ._signature import Signature
 from ._state import preserved
 from ._static import PLAIN, StaticOptions, run_static, static_programs
@@ -30,6 +31,7 @@ __all__ = [
     "fold_batch_norm",
     "load_pt2",
     "preserved",
+    "recurrent_shapes",
     "rewrite",
     "run_static",
     "simplify",

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._decomp import decomposition_table
 
 _KEYS = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.Autograd)
 _LOCK = threading.RLock()
@@ -42,25 +43,36 @@ def _single(
 
 
 @contextlib.contextmanager
-def recurrent_shapes() -> Iterator[None]:
-    """Inside, a graph that is being made keeps LSTM, GRU and RNN as one operator of any length."""
+def recurrent_shapes(*, decomposing: bool = False) -> Iterator[None]:
+    """Inside, a graph that is being made keeps LSTM, GRU and RNN as one operator of any length.
+
+    Args:
+        decomposing: also while a graph that exists is broken down into smaller operators (for ONNX). Whoever takes
+            torch's table of decompositions inside and keeps it would keep ours.
+    """
     aten = torch.ops.aten
     shapes: dict[Any, Callable[..., Any]] = {
         aten.lstm.input: _lstm, aten.gru.input: _single, aten.rnn_tanh.input: _single, aten.rnn_relu.input: _single,
     }  # fmt: skip
+    table: dict[Any, Any] = decomposition_table if decomposing else {}
     # The kernels are the process's own: one thread at a time may exchange them.
     with _LOCK:
-        before = {op: {key: op.py_kernels.get(key) for key in _KEYS} for op in shapes}
+        stores = [(table, [op for op in shapes if op in table], shapes)]
+        stores += [(op.py_kernels, list(_KEYS), dict.fromkeys(_KEYS, shape)) for op, shape in shapes.items()]
+        before = [{key: store[key] for key in keys if key in store} for store, keys, _ in stores]
         try:
-            for op, shape in shapes.items():
-                op.py_kernels.update(dict.fromkeys(_KEYS, shape))
-                op._dispatch_cache.clear()
+            for store, keys, ours in stores:
+                store.update({key: ours[key] for key in keys})
+            _forget(shapes)
             yield
         finally:
-            for op, kernels in before.items():
-                for key, kernel in kernels.items():
-                    if kernel is None:
-                        op.py_kernels.pop(key, None)
-                    else:
-                        op.py_kernels[key] = kernel
-                op._dispatch_cache.clear()
+            for (store, keys, _), held in zip(stores, before, strict=True):
+                for key in keys:
+                    store.pop(key, None)
+                store.update(held)
+            _forget(shapes)
+
+
+def _forget(operators: Iterable[Any]) -> None:
+    for op in operators:
+        op._dispatch_cache.clear()
