@@ -175,13 +175,16 @@ def test_sizes_beyond_the_bounds_are_answered_by_pytorch(residual):
         assert asked == ([] if rows == 16 else [1])
 
 
-def test_a_quantised_convolution_at_the_output_keeps_float_weights_in_executorch(tmp_path):
+def test_what_xnnpack_has_no_integer_form_for(tmp_path):
+    """A convolution whose result stays float, behind a pooling that the calibration gave two scales."""
     one = engine("executorch")
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1))
-    program = quantize(net, dataset=[torch.randn(8, 3, 6, 6)])
+    layers = [torch.nn.Conv2d(3, 8, 7, stride=2, padding=3), torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2, 1)]
+    program = quantize(torch.nn.Sequential(*layers, torch.nn.Conv2d(8, 2, 1)), dataset=[torch.randn(8, 3, 32, 32)])
+    stored = [n for n in program.exported.graph.nodes if "quantize_per_tensor" in n.name and "de" not in n.name[:2]]
+    assert len({n.args[1] for n in stored}) == 3, "image, convolution and pooling"
     one.build(program, tmp_path, "int8")
     assert one.integer_kernels(tmp_path) == 1
-    x = torch.randn(3, 3, 6, 6)
+    x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert sqnr(program(x), one.open(tmp_path, lambda: program)([x])[0]) > 25

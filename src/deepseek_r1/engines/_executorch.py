@@ -41,6 +41,10 @@ _ACTIVATIONS = (
     aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default,
     aten.clamp.default, aten.clamp_min.default,
 )  # fmt: skip
+_KEEPS_VALUES = (
+    aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default,
+    aten.transpose.int, aten.slice.Tensor, aten.squeeze.dim, aten.unsqueeze.default, aten.contiguous.default,
+)  # fmt: skip
 #: Keeps a tensor of zeros from a scale of 0.
 _SMALLEST_SCALE = torch.finfo(torch.float32).eps
 #: Names of products and convolutions once lowered.
@@ -114,7 +118,8 @@ def retarget(program: Program) -> Program:
     """Give layers whose results stay float a form that XNNPACK has: it computes int8 from int8 to int8 only.
 
     A linear layer gets activations quantised as they come (their range found at each call), from which XNNPACK
-    computes floats in integers. A convolution gets float weights.
+    computes floats in integers. A convolution gets float weights. Where values are only moved or the largest is picked,
+    the scale before holds behind as well: XNNPACK wants it so, and nothing is rounded twice.
     """
 
     def change(module: GraphModule) -> int:
@@ -125,9 +130,23 @@ def retarget(program: Program) -> Program:
                 _quantize_dynamically(node)
             else:
                 _float_weight(module, node)
-        return len(found)
+        return len(found) + sum(_keep_scale(node) for node in module.graph.nodes)
 
     return rewrite(program, change)
+
+
+def _keep_scale(node: Any) -> bool:
+    """Give a quantize node, and its way back, the scale that its values are in already; whether that changed it."""
+    if node.target is not _q.quantize_per_tensor.default:
+        return False
+    source = node.args[0]
+    while source.target in _KEEPS_VALUES:
+        source = source.args[0]
+    if source.target is not _q.dequantize_per_tensor.default or source.args[1:] == node.args[1:]:
+        return False
+    for one in (node, *node.users):
+        one.args = (one.args[0], *source.args[1:])
+    return True
 
 
 def _becomes_stored(node: Node) -> bool:
