@@ -6,6 +6,7 @@ import functools
 import linecache
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -122,6 +123,43 @@ def test_global_values_are_guards(monkeypatch):
     monkeypatch.setitem(SETTINGS, "layers", [1, 2, 3])
     assert traced(ONES)[0] == 21
     assert len(traced.programs) == 3
+
+
+class Options:
+    depth = 2
+
+
+OPTIONS = types.ModuleType("options")
+OPTIONS.shift = 1.0
+
+
+class Pipe:
+    def __init__(self):
+        self.sign = 1
+
+    @property
+    def direction(self):
+        return [self.sign, "text"]
+
+    def run(self, x):
+        for _ in range(Options.depth):
+            x = x * self.direction[0] + OPTIONS.shift
+        return x if x.sum() > 0 else x - 1
+
+
+def test_values_of_classes_modules_and_properties_are_guards(monkeypatch):
+    pipe = Pipe()
+    traced = jit.trace(pipe.run)
+    for _ in range(2):
+        assert traced(ONES)[0] == 3
+    assert len(traced.programs) == 1
+    monkeypatch.setattr(Options, "depth", 3)
+    assert traced(ONES)[0] == 4
+    monkeypatch.setattr(OPTIONS, "shift", 0.5)
+    assert traced(ONES)[0] == 2.5
+    pipe.sign = -1
+    assert traced(ONES)[0] == -1.5
+    assert len(traced.programs) == 4
 
 
 def test_conditions_on_sizes_hold_or_are_captured_again():

@@ -205,7 +205,7 @@ def may_change(tracing: Tracing, site: Site, owner: Any, how: str) -> None:
     """Raise CaptureError unless a container or object was made where it is now changed."""
     if id(owner) in tracing.region.fresh:
         return
-    kind = type(owner).__name__
+    kind = "tensor" if isinstance(owner, torch.Tensor) else type(owner).__name__
     if tracing.nested and id(owner) not in tracing.guards.outside:
         raise site.refuse(
             f"changing a {kind} ({how}) where a tensor decides whether, or how often, it happens: its content would "

@@ -74,7 +74,7 @@ class Guards:
 
     def attribute(self, owner: Any, name: str, value: Any) -> None:
         """Note that an attribute was read."""
-        self._note(owner, name, value, lambda: getattr(owner, name, _MISSING), f"{type(owner).__name__}.{name}")
+        self._note(owner, name, value, lambda: getattr(owner, name, _MISSING), f"{_name(owner)}.{name}")
 
     def item(self, owner: Mapping[str, Any], name: str, value: Any) -> None:
         """Note that a global name was read."""
@@ -120,6 +120,10 @@ def _is_fake(value: Any) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(value, FakeTensor)
+
+
+def _name(owner: Any) -> str:
+    return str(owner.__name__ if isinstance(owner, type | types.ModuleType) else type(owner).__name__)
 
 
 def _short(value: Any) -> str:

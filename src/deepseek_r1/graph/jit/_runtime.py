@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 import types
@@ -364,14 +365,17 @@ class Runtime:
         """`owner.name`."""
         if isinstance(owner, Undefined):
             raise self._site().refuse(owner.message)
-        value = getattr(owner, name)
         tracing = current()
-        if isinstance(owner, torch.Tensor | types.ModuleType):
-            return value
-        if id(owner) in tracing.guards.outside:
+        if isinstance(owner, torch.Tensor):
+            return getattr(owner, name)
+        described = inspect.getattr_static(type(owner), name, None)
+        if isinstance(described, property) and _calls.followed(described.fget)[0] is not None:
+            return self.call(described.fget, owner)
+        value = getattr(owner, name)
+        if id(owner) in tracing.guards.outside or isinstance(owner, type | types.ModuleType):
             module = isinstance(owner, torch.nn.Module)
             held = module and (name in owner._parameters or name in owner._buffers)
-            if not held and not callable(getattr(type(owner), name, None)):
+            if not held and not callable(described):
                 tracing.guards.attribute(owner, name, value)
         return value
 
