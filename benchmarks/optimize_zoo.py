@@ -29,6 +29,7 @@ import torch
 import torch.utils._pytree as pytree
 from zoo import ENTRIES, Entry, entry
 
+import deepseek_r1
 from deepseek_r1.core import Budget, Report, atomic, probe
 from deepseek_r1.engines import ENGINES, Executable, RaceConfig
 from deepseek_r1.engines._eager import eager_runner
@@ -125,7 +126,7 @@ def _row(one: Entry, winner: str, long: dict, report: Report) -> dict:
 
 def about(device: str) -> dict:
     """What was measured with."""
-    versions = {"python": platform.python_version(), "deepseek-r1": importlib.metadata.version("deepseek-r1")}
+    versions = {"python": platform.python_version(), "deepseek-r1": deepseek_r1.__version__}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

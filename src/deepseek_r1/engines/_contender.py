@@ -62,6 +62,7 @@ class ChildContender:
         program: a saved Program whose example inputs are the probe.
         imports: modules that register the classes of its inputs and outputs.
         timeout_s: for building, and for each answer.
+        device: what the program is on.
         build: False if `folder` holds what was built before.
         memory_bytes: resident memory at which the child is ended.
 
@@ -72,7 +73,7 @@ class ChildContender:
 
     def __init__(
         self, program: Path, imports: Sequence[str], engine: str, precision: str, folder: Path, *,
-        timeout_s: float, memory_bytes: float, build: bool = True,
+        timeout_s: float, memory_bytes: float, device: str = "cpu", build: bool = True,
     ) -> None:  # fmt: skip
         self._limits: dict[str, float] = {"timeout_s": timeout_s, "memory_bytes": memory_bytes}
         self._worker: Worker | None = None
@@ -81,7 +82,8 @@ class ChildContender:
             # A child that starts has torch to import first, whatever the candidate is allowed.
             self._worker.ask(
                 "load", timeout_s=max(timeout_s, _START_SECONDS), program=str(program), imports=list(imports),
-                libraries={name: str(path) for name, path in ops.libraries().items()}, threads=torch.get_num_threads(),
+                libraries={name: str(path) for name, path in ops.libraries().items()},
+                threads=torch.get_num_threads(), device=device,
             )  # fmt: skip
         except ChildError as e:
             self.close()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ..graph import Program
-from ._inductor import PACKAGE, InductorEngine, package_runner
+from ._inductor import InductorEngine
+from ._inductor_cuda import open_runner
 from ._refusals import devices, eager_where, is_empty
 from .base import Runner
 
@@ -43,9 +44,7 @@ class CudaGraphEngine(InductorEngine):
 
     def open(self, folder: Path, program: Callable[[], Program]) -> Runner:
         """Load the machine code; shapes are recorded when they first come."""
-        # Its own bookkeeping between threads queries events, which a recording may not do; the pool has a lock.
-        run = package_runner(folder / PACKAGE, single_threaded=True)
-        return eager_where(is_empty, ShapePool(run, _Recorder(), SHAPES), program)
+        return eager_where(is_empty, ShapePool(open_runner(folder), _Recorder(), SHAPES), program)
 
 
 class ShapePool:

@@ -1,7 +1,7 @@
 """PyTorch's own compiler as an engine: AOTInductor writes machine code once, and opening it compiles nothing.
 
-For programs on the CPU (C++ and oneDNN kernels) and on CUDA (Triton kernels). Weights are folded into the package
-("freezing"), which is where most of its speed on the CPU comes from.
+For programs on the CPU (C++ and oneDNN kernels, with the weights folded into the package ("freezing"), which is where
+most of its speed there comes from) and on CUDA, where the code is kept in another form, see `_inductor_cuda`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from torch.fx import GraphModule
 from ..core import probe
 from ..graph import Program, rewrite
 from ..graph.quiet import quiet_torch
+from . import _inductor_cuda
 from ._cast import cannot_cast, cast
+from ._inductor_cuda import open_runner
 from ._refusals import changes_state, devices, eager_where, is_empty
 from .base import Engine, Runner
 
@@ -71,12 +73,16 @@ class InductorEngine(Engine):
             program = cast(program, precision)
         elif precision == "int8":
             program = retarget(program)
-        package(program, folder / PACKAGE)
+        if devices(program) == {"cuda"}:
+            _inductor_cuda.build(_contiguous(program), folder)
+        else:
+            package(program, folder / PACKAGE)
 
     def open(self, folder: Path, program: Callable[[], Program]) -> Runner:
         """Load the machine code."""
         # Kernels divide by sizes, some of them; a batch of nothing is not worth a kernel.
-        return eager_where(is_empty, package_runner(folder / PACKAGE), program)
+        on_cpu = (folder / PACKAGE).exists()
+        return eager_where(is_empty, package_runner(folder / PACKAGE) if on_cpu else open_runner(folder), program)
 
     def integer_kernels(self, folder: Path) -> int:
         """How many products and convolutions the compiled code does in integers."""
@@ -94,10 +100,10 @@ def package(program: Program, path: Path, **options: Any) -> None:
         )
 
 
-def package_runner(path: Path, *, single_threaded: bool = False) -> Runner:
-    """The compiled function behind a package, on flat inputs; unless told otherwise, for several threads."""
+def package_runner(path: Path) -> Runner:
+    """The compiled function behind a package, on flat inputs, for several threads."""
     with quiet_torch():
-        loaded = torch._inductor.aoti_load_package(str(path), run_single_threaded=single_threaded)
+        loaded = torch._inductor.aoti_load_package(str(path))
     # The object's own call reads its description of nested inputs as JSON each time; the inputs are flat already.
     run_flat = loaded.loader.boxed_run
 

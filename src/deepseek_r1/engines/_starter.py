@@ -22,6 +22,7 @@ from ..measure import peak_memory_of
 from ._config import RaceConfig
 from ._contender import ChildContender, Contender, LocalContender, Unreadable
 from ._race import Candidate
+from ._refusals import devices
 from .base import ENGINES, Engine, Runner
 from .executable import Executable
 
@@ -113,7 +114,8 @@ class Starter:
     ) -> Contender:
         contender = ChildContender(
             saved, _imports(program.signature), engine, precision, where,
-            timeout_s=self.config.timeout_s, memory_bytes=self._allowed_memory(), build=build,
+            timeout_s=self.config.timeout_s, memory_bytes=self._allowed_memory(),
+            device=next(iter(devices(program))), build=build,
         )  # fmt: skip
         if not build:
             return contender
@@ -133,9 +135,8 @@ class Starter:
         return self._saved[id(program)]
 
     def _save(self, program: Program) -> Path | str:
-        stores = [*program.exported.state_dict.values(), *pytree.tree_leaves(self.inputs)]
-        if any(isinstance(t, torch.Tensor) and t.device.type != "cpu" for t in stores):
-            return "the model is on a GPU"
+        if len(devices(program)) > 1:
+            return f"the model is on {' and '.join(sorted(devices(program)))}"
         if not sys.executable:
             return "there is no Python executable to start a child process with"
         if strangers := _strangers(program):
@@ -176,6 +177,8 @@ class Starter:
 
     def _peak_memory(self, engine: str, program: Program, built: Path | None) -> int:
         file = self._travels(engine, program)
+        if devices(program) != {"cpu"}:
+            raise InputError("a process's peak memory says nothing about that of a GPU")
         if isinstance(file, str):
             raise InputError(f"no process of its own can run it: {file}")
         leaves = pytree.tree_leaves(self.inputs)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import ops
 from ..core import Report
-from ..graph import Program
+from ..graph import Program, on_device
 from ..measure import Turn, turn_of
 from .base import ENGINES, Runner
 from .executable import Executable
@@ -39,16 +39,20 @@ class Child:
         self._program: Program | None = None
         self._runner: Runner | None = None
         self._turn: Turn | None = None
+        self._device = "cpu"
 
-    def load(self, program: str, imports: list[str], libraries: dict[str, str], threads: int) -> dict[str, Any]:
-        """Read a saved Program, after importing what registers its classes and its operators."""
+    def load(
+        self, program: str, imports: list[str], libraries: dict[str, str], threads: int, device: str
+    ) -> dict[str, Any]:
+        """Read a saved Program onto a device, after importing what registers its classes and its operators."""
         for name in imports:
             importlib.import_module(name)
         for operator, library in libraries.items():
             ops.register_custom_op(operator, library)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        self._program = Program.load(program)
+        self._device = device
+        self._program = on_device(Program.load(program), device)
         return {}
 
     def open(self, engine: str, precision: str, folder: str, build: bool) -> dict[str, Any]:
@@ -65,14 +69,20 @@ class Child:
         args, kwargs = program.example_inputs
         # What is timed is what the user would get, checks of the inputs included.
         executable = Executable(program, engine, runner, Report("candidate"), precision=precision)
-        self._runner, self._turn = runner, turn_of(lambda: executable(*args, **kwargs))
+
+        def call() -> None:
+            executable(*args, **kwargs)
+            if self._device != "cpu":
+                torch.accelerator.synchronize()
+
+        self._runner, self._turn = runner, turn_of(call)
         return seconds
 
     def answer(self, inputs: str, outputs: str) -> dict[str, Any]:
         """Run once on the tensors of one file, write the answers to another."""
         assert self._program is not None, "load comes first"
         assert self._runner is not None, "open comes first"
-        given = load_file(inputs)
+        given = load_file(inputs, device=self._device)
         leaves = [given.get(str(i), v) for i, v in enumerate(pytree.tree_leaves(self._program.example_inputs))]
         with torch.no_grad():
             answers = list(self._runner(leaves))

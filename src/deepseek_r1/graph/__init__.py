@@ -10,7 +10,7 @@ from ._signature import Signature
 from ._state import preserved
 from ._static import PLAIN, StaticOptions, run_static, static_programs
 from .drawing import Drawing, trace
-from .editing import rewrite
+from .editing import on_device, rewrite
 from .passes import PASSES, fold_batch_norm, simplify
 from .program import Program, float64_module, to_float64
 
@@ -30,6 +30,7 @@ __all__ = [
     "float64_module",
     "fold_batch_norm",
     "load_pt2",
+    "on_device",
     "preserved",
     "recurrent_shapes",
     "rewrite",

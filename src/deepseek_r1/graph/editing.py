@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.passes import move_to_device_pass
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -46,6 +47,17 @@ def _drop_unused(module: GraphModule) -> None:
         if name not in used:
             owner, _, leaf = name.rpartition(".")
             delattr(module.get_submodule(owner), leaf)
+
+
+def on_device(program: Program, device: str) -> Program:
+    """The program with its weights, example inputs and the devices named in its graph on `device`."""
+    tensors = [v for v in program.exported.state_dict.values() if isinstance(v, torch.Tensor)]
+    tensors += [v for v in pytree.tree_leaves(program.example_inputs) if isinstance(v, torch.Tensor)]
+    if all(t.device.type == device for t in tensors):
+        return program
+    exported = move_to_device_pass(program.exported, device)
+    moved = pytree.tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, program.example_inputs)
+    return replace(program, exported=exported, example_inputs=moved)
 
 
 def constant_of(module: GraphModule, node: Any) -> torch.Tensor | None:
