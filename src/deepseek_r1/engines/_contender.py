@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from .. import ops
 from ..measure import turn_of
 from ._process import ChildError, Worker, borrow, give_back
 
@@ -63,6 +62,7 @@ class ChildContender:
         imports: modules that register the classes of its inputs and outputs.
         timeout_s: for building, and for each answer.
         device: what the program is on.
+        libraries: files of its C++ operators, by the operators' names.
         build: False if `folder` holds what was built before.
         memory_bytes: resident memory at which the child is ended.
 
@@ -73,7 +73,8 @@ class ChildContender:
 
     def __init__(
         self, program: Path, imports: Sequence[str], engine: str, precision: str, folder: Path, *,
-        timeout_s: float, memory_bytes: float, device: str = "cpu", build: bool = True,
+        timeout_s: float, memory_bytes: float, device: str = "cpu",
+        libraries: Mapping[str, str] | None = None, build: bool = True,
     ) -> None:  # fmt: skip
         self._limits: dict[str, float] = {"timeout_s": timeout_s, "memory_bytes": memory_bytes}
         self._worker: Worker | None = None
@@ -82,8 +83,7 @@ class ChildContender:
             # A child that starts has torch to import first, whatever the candidate is allowed.
             self._worker.ask(
                 "load", timeout_s=max(timeout_s, _START_SECONDS), program=str(program), imports=list(imports),
-                libraries={name: str(path) for name, path in ops.libraries().items()},
-                threads=torch.get_num_threads(), device=device,
+                libraries=libraries or {}, threads=torch.get_num_threads(), device=device,
             )  # fmt: skip
         except ChildError as e:
             self.close()

@@ -115,7 +115,7 @@ class Starter:
         contender = ChildContender(
             saved, _imports(program.signature), engine, precision, where,
             timeout_s=self.config.timeout_s, memory_bytes=self._allowed_memory(),
-            device=next(iter(devices(program))), build=build,
+            device=_device(program), libraries=_libraries(program), build=build,
         )  # fmt: skip
         if not build:
             return contender
@@ -186,7 +186,7 @@ class Starter:
         save_file(tensors, self.folder / "probe")
         plain = json.dumps([None if isinstance(v, torch.Tensor) else v for v in leaves])
         arguments = [str(file), engine, str(built or ""), str(self.folder / "probe"), plain]
-        arguments.append(json.dumps({name: str(path) for name, path in ops.libraries().items()}))
+        arguments.append(json.dumps(_libraries(program)))
         return peak_memory_of(_RUN_ONCE, arguments, timeout_s=self.config.timeout_s)[0]
 
 
@@ -250,10 +250,22 @@ def _strangers(program: Program) -> list[str]:
         if node.op != "call_function":
             continue
         space = str(getattr(node.target, "namespace", None) or getattr(node.target, "__module__", ""))
-        if space == ops.NAMESPACE and str(node.target).split(".")[1] in ops.libraries():
-            continue
-        found.add(space)
+        if not (space == ops.NAMESPACE and str(node.target).split(".")[1] in ops.libraries()):
+            found.add(space)
     return sorted(found - _KNOWN_OPERATORS)
+
+
+def _libraries(program: Program) -> dict[str, str]:
+    """The library file of each C++ operator in the graph."""
+    targets = {str(n.target) for n in program.exported.graph.nodes if n.op == "call_function"}
+    used = {name.split(".")[1] for name in targets if name.startswith(f"{ops.NAMESPACE}.")}
+    return {name: str(path) for name, path in ops.libraries().items() if name in used}
+
+
+def _device(program: Program) -> str:
+    """The device of a program that is on one, with its number."""
+    tensors = [*program.exported.state_dict.values(), *pytree.tree_leaves(program.example_inputs)]
+    return next((str(t.device) for t in tensors if isinstance(t, torch.Tensor)), "cpu")
 
 
 def _size(program: Program, precision: str) -> int:

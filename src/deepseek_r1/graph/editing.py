@@ -53,7 +53,7 @@ def on_device(program: Program, device: str) -> Program:
     """The program with its weights, example inputs and the devices named in its graph on `device`."""
     tensors = [v for v in program.exported.state_dict.values() if isinstance(v, torch.Tensor)]
     tensors += [v for v in pytree.tree_leaves(program.example_inputs) if isinstance(v, torch.Tensor)]
-    if all(t.device.type == device for t in tensors):
+    if all(t.device == torch.device(device) for t in tensors):
         return program
     exported = move_to_device_pass(program.exported, device)
     moved = pytree.tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, program.example_inputs)
