@@ -74,11 +74,13 @@ def capture_as_is(
     name: str | None = None,
     grad: bool = False,
     stateless: bool = False,
+    verify: bool = True,
 ) -> Program:
     """As `capture`, with the training flags as they are.
 
     Args:
         grad: whether gradients are wanted when the graph runs.
+        verify: compare the graph with the module; not for a module that computes only while it is captured.
         stateless: raise if forward sets attributes, which the graph does not; otherwise the report says so.
     """
     if not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves((args, kwargs))):
@@ -100,7 +102,8 @@ def capture_as_is(
         if dynamic_shapes is None:
             examples = _enlarged(model, *examples, grad=grad)
         program = _captured(model, *examples, dynamic_shapes, title, report)
-        program = verified(program, model, args, kwargs, grad=grad)
+        if verify:
+            program = verified(program, model, args, kwargs, grad=grad)
     if changed and stateless:
         raise CaptureError(
             f"{title}.forward sets {', '.join(changed)}, which a graph cannot do: it keeps state in buffers only. Make "

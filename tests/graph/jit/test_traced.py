@@ -58,7 +58,8 @@ def test_other_shapes_and_types_are_captured_again():
         found = traced(x)
         assert torch.equal(found, doubled(x))
         assert found.dtype == x.dtype
-    assert len(traced.programs) == 4
+    # Sizes vary within one graph; a rank and a type each have their own.
+    assert len(traced.programs) == 3
 
 
 def test_python_values_are_guards():

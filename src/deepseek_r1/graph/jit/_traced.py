@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from ...core import CaptureError, InputError
-from .._capture import as_inputs, capture
+from .._capture import as_inputs, capture_as_is, evaluation
 from ..program import Program
 from . import _calls, _source
 from ._reach import Holder
@@ -137,9 +137,11 @@ class Traced:
         example = _copies(kwargs) or _copies(args)
         name = self._function.__name__
         try:
-            with recorder.installed() as module:
+            with recorder.installed() as module, evaluation(module):
                 weights = weights_of(module)
-                program = capture(module, example, dynamic_shapes=self._dynamic_shapes, name=name)
+                program = capture_as_is(
+                    module, *as_inputs(example), dynamic_shapes=self._dynamic_shapes, name=name, verify=False
+                )
         except Exception as e:
             if (refused := own_error(e)) is not None:
                 raise refused from None
