@@ -9,8 +9,9 @@ from onnx import numpy_helper
 from torch import nn
 
 from deepseek_r1.core import UnsupportedOpError
-from deepseek_r1.engines import to_onnx
+from deepseek_r1.engines import ENGINES, to_onnx
 from deepseek_r1.engines._onnx import retarget
+from deepseek_r1.engines.base import compile_program
 from deepseek_r1.graph import capture
 from deepseek_r1.models import DigitsNet
 from deepseek_r1.quantization import quantize
@@ -200,8 +201,15 @@ def test_models_that_are_too_large_are_refused(monkeypatch):
 def test_recurrent_layers_stay_one_operator_of_any_length(kind):
     net = getattr(torch.nn, kind)(3, 5, batch_first=True).eval()
     program = capture(net, torch.randn(2, 6, 3))
-    run = ENGINES.get("onnxruntime")().compile(program)
+    run = compile_program(ENGINES.get("onnxruntime")(), program)
     for shape in ((2, 6, 3), (1, 1, 3), (4, 11, 3)):
         x = torch.randn(shape)
         torch.testing.assert_close(run([x])[0], net(x)[0], rtol=1e-4, atol=1e-5)
     assert kind in {node.op_type for node in to_onnx(program).graph.node}
+
+
+@pytest.mark.parametrize("name", ["inductor", "executorch"])
+def test_engines_that_unroll_recurrent_layers_take_a_fixed_length_only(name):
+    engine, net, x = ENGINES.get(name)(), torch.nn.GRU(3, 5, batch_first=True).eval(), torch.randn(2, 6, 3)
+    assert "runs over a length that varies" in engine.unsupported(capture(net, x))
+    assert engine.unsupported(capture(net, x, dynamic_shapes={"input": {0: "batch"}})) == ""
