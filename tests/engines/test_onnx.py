@@ -9,9 +9,8 @@ from onnx import numpy_helper
 from torch import nn
 
 from deepseek_r1.core import UnsupportedOpError
-from deepseek_r1.engines import ENGINES, to_onnx
+from deepseek_r1.engines import ENGINES, compile_program, to_onnx
 from deepseek_r1.engines._onnx import retarget
-from deepseek_r1.engines.base import compile_program
 from deepseek_r1.graph import capture
 from deepseek_r1.models import DigitsNet
 from deepseek_r1.quantization import quantize

@@ -33,12 +33,12 @@ def optimize(
     json: Json = None,
     html: Html = None,
 ) -> Report:
-    """Race every engine and keep the fastest that is right.
+    """Race an artifact's engine against eager PyTorch and keep the fastest that is right.
 
     The winner is written to --out as an artifact. A .dr1 file of `quantize` races with its float parent.
     """
     from ..core import Budget
-    from ..deploy import export
+    from ..deploy import ARTIFACT_ENGINE, export
     from ..engines import RaceConfig
     from ..engines import optimize as run
     from ._inputs import needs_inputs, open_inputs
@@ -58,7 +58,15 @@ def optimize(
     # The winner is chosen on the validation part: the test part is for the last measurement only.
     choose = opened.part("val", "train")
     race = RaceConfig(cache=not no_cache)
-    executable = run(opened.model, example_inputs=opened.example_inputs, dataset=choose, budget=budget, race=race)
+    # What is written runs on the artifact's engine, so that is what races against eager PyTorch.
+    executable = run(
+        opened.model,
+        example_inputs=opened.example_inputs,
+        dataset=choose,
+        budget=budget,
+        engines=[ARTIFACT_ENGINE],
+        race=race,
+    )
     report = executable.report
     report.sections.append(export(executable, out, **opened.for_artifact()))
     report.note(f"wrote {out}: {executable.precision} on {executable.engine}")

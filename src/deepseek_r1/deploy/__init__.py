@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ._artifact import ARTIFACT_ENGINE
 from ._export import export
 from ._scorecard import scorecard
 from .base import TARGETS, Job, Target
 
-__all__ = ["TARGETS", "Job", "Target", "export", "scorecard"]
+__all__ = ["ARTIFACT_ENGINE", "TARGETS", "Job", "Target", "export", "scorecard"]

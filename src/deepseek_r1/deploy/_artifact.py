@@ -12,6 +12,8 @@ from ._onnx import check_model, specs, write_model
 from .base import Job
 
 MODEL_FILE = "model.onnx"
+#: The engine, and the runtime, that an artifact is opened with.
+ARTIFACT_ENGINE = "onnxruntime"
 
 
 class ArtifactTarget:
@@ -30,7 +32,7 @@ class ArtifactTarget:
             inputs, outputs = specs(model)
             manifest = Manifest(
                 name=job.name,
-                engine="onnxruntime",
+                engine=ARTIFACT_ENGINE,
                 precision=job.program.precision,
                 model_file=MODEL_FILE,
                 inputs=inputs,

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from ..core import ConfigError
+from ..graph import PASSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class RaceConfig:
         memory_gb: resident memory at which a child is ended; None for four fifths of what is free when it starts.
         rounds: timed rounds of the final; the first rung takes a tenth of them, at least five.
         seconds: about how long the final may take, though never less than five rounds.
+        passes: names from `graph.PASSES` that rivals are simplified with; None for all, () for none.
         cache: keep the choice and the compiled files for the next time, and look there first. A path names another
             directory than the user's own cache.
 
@@ -33,6 +35,7 @@ class RaceConfig:
     memory_gb: float | None = None
     rounds: int = 60
     seconds: float = 8.0
+    passes: tuple[str, ...] | None = None
     cache: bool | str | os.PathLike[str] = True
 
     def __post_init__(self) -> None:
@@ -40,5 +43,7 @@ class RaceConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise ConfigError(f"RaceConfig({name}={value!r}): a number above 0 is needed.")
+        if unknown := sorted(set(self.passes or ()) - set(PASSES)):
+            raise ConfigError(f"RaceConfig(passes=...): no pass {unknown[0]!r}; there are {', '.join(PASSES)}.")
         if not isinstance(self.rounds, int) or self.rounds < 5:
             raise ConfigError(f"RaceConfig(rounds={self.rounds!r}): at least 5 rounds are needed.")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
+from .. import ops
 from ..measure import turn_of
 from ._process import ChildError, Worker, borrow, give_back
 
@@ -80,7 +81,7 @@ class ChildContender:
             # A child that starts has torch to import first, whatever the candidate is allowed.
             self._worker.ask(
                 "load", timeout_s=max(timeout_s, _START_SECONDS), program=str(program), imports=list(imports),
-                threads=torch.get_num_threads(),
+                libraries={name: str(path) for name, path in ops.libraries().items()}, threads=torch.get_num_threads(),
             )  # fmt: skip
         except ChildError as e:
             self.close()

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 
 from ..core import Budget, CheckFailedError, ConfigError, InputError, Report, probe
 from ..data import batch_size, unpack_batch
-from ..graph import Program, as_inputs, capture, float64_module, to_float64
+from ..graph import Program, as_inputs, capture, float64_module, preserved, simplify, to_float64
 from ._config import RaceConfig
 from ._eager import eager_runner
 from ._race import Candidate, Task
@@ -169,13 +169,17 @@ def _choose(
     plain = Executable(parent, "eager", eager_runner(parent), report, module=module)
     starter = Starter(folder=folder, inputs=inputs, report=report, config=config, judged=bool(batches))
     baseline = starter.plain(plain)
+    simple = [simplify(p, config.passes, strict=False) for p in ([program] if program is parent else [program, parent])]
+    report.sections.extend(p.report for p in simple if p.source is not None)
     rivals = [
         candidate
-        for source in ([program] if program is parent else [program, parent])
+        for source in simple
         for engine in engines
         for candidate in starter.candidates(engine, source, own=parent.precision, baseline=plain)
     ]
-    winner, decided = run_race(baseline, rivals, task, budget, report, config)
+    # Timing calls the module many times; a buffer that it updates is afterwards what it was.
+    with preserved(module or parent.module()):
+        winner, decided = run_race(baseline, rivals, task, budget, report, config)
     assert winner.latency is not None, "the winner was timed"
     report.add("winner", winner.name, before=baseline.name)
     _check_budget(winner, budget, report)

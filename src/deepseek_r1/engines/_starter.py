@@ -15,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import save_file
 
+from .. import ops
 from ..core import InputError, Report
 from ..graph import Program, Signature
 from ..measure import peak_memory_of
@@ -71,7 +72,7 @@ class Starter:
             return
         for precision in plugin.precisions(program):
             name = f"{engine} {precision}"
-            if engine == "eager" and program is baseline.program and precision == own:
+            if engine == "eager" and (program.source or program) is baseline.program and precision == own:
                 continue
             if precision != own and not self.judged:
                 why = "below the model's own precision, and no dataset to check its accuracy on: give optimize dataset="
@@ -137,9 +138,7 @@ class Starter:
             return "the model is on a GPU"
         if not sys.executable:
             return "there is no Python executable to start a child process with"
-        nodes = [n for n in program.exported.graph.nodes if n.op == "call_function"]
-        strangers = sorted({_namespace(n.target) for n in nodes} - _KNOWN_OPERATORS)
-        if strangers:
+        if strangers := _strangers(program):
             return f"operators of {', '.join(strangers)} are known to this process only"
         if "__main__" in _imports(program.signature):
             return "its inputs or outputs are of a class that this process defines"
@@ -166,10 +165,14 @@ class Starter:
         return where
 
     def _executable(self, engine: str, program: Program, precision: str, runner: Runner) -> Executable:
+        # A pass rewrites copies of the weights; the ones that training changes are those of the source.
+        program = program.source or program
         # The eager graph reads the live weights; whatever was compiled holds copies.
         stores = {**program.exported.constants, **program.exported.state_dict}
         watch = [] if engine == "eager" else [v for v in stores.values() if isinstance(v, torch.Tensor)]
-        return Executable(program, engine, runner, self.report, precision=precision, watch=watch)
+        return Executable(
+            program, engine, runner, self.report, precision=precision, watch=watch, passes=self.config.passes
+        )
 
     def _peak_memory(self, engine: str, program: Program, built: Path | None) -> int:
         file = self._travels(engine, program)
@@ -180,6 +183,7 @@ class Starter:
         save_file(tensors, self.folder / "probe")
         plain = json.dumps([None if isinstance(v, torch.Tensor) else v for v in leaves])
         arguments = [str(file), engine, str(built or ""), str(self.folder / "probe"), plain]
+        arguments.append(json.dumps({name: str(path) for name, path in ops.libraries().items()}))
         return peak_memory_of(_RUN_ONCE, arguments, timeout_s=self.config.timeout_s)[0]
 
 
@@ -188,11 +192,14 @@ import json, sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
+from deepseek_r1 import ops
 from deepseek_r1.engines import ENGINES
 from deepseek_r1.graph import Program
-program, engine, built, probe, plain = sys.argv[1:]
+program, engine, built, probe, plain, libraries = sys.argv[1:]
 tensors = load_file(probe)
 leaves = [tensors.get(str(i), v) for i, v in enumerate(json.loads(plain))]
+for name, library in json.loads(libraries).items():
+    ops.register_custom_op(name, library)
 run = ENGINES.get(engine)().open(Path(built), lambda: Program.load(program))
 with torch.no_grad():
     for _ in range(3):
@@ -233,8 +240,17 @@ def _local(executable: Executable, inputs: Any, runner: Runner | None = None) ->
     return LocalContender(run, call)
 
 
-def _namespace(target: Any) -> str:
-    return str(getattr(target, "namespace", None) or getattr(target, "__module__", ""))
+def _strangers(program: Program) -> list[str]:
+    """Namespaces of operators that neither torch nor a library of operators brings to another process."""
+    found: set[str] = set()
+    for node in program.exported.graph.nodes:
+        if node.op != "call_function":
+            continue
+        space = str(getattr(node.target, "namespace", None) or getattr(node.target, "__module__", ""))
+        if space == ops.NAMESPACE and str(node.target).split(".")[1] in ops.libraries():
+            continue
+        found.add(space)
+    return sorted(found - _KNOWN_OPERATORS)
 
 
 def _size(program: Program, precision: str) -> int:

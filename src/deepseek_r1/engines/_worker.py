@@ -21,6 +21,7 @@ import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import load_file, save_file
 
+from .. import ops
 from ..core import Report
 from ..graph import Program
 from ..measure import Turn, turn_of
@@ -39,10 +40,12 @@ class Child:
         self._runner: Runner | None = None
         self._turn: Turn | None = None
 
-    def load(self, program: str, imports: list[str], threads: int) -> dict[str, Any]:
-        """Read a saved Program, after importing what registers the classes of its inputs and outputs."""
+    def load(self, program: str, imports: list[str], libraries: dict[str, str], threads: int) -> dict[str, Any]:
+        """Read a saved Program, after importing what registers its classes and its operators."""
         for name in imports:
             importlib.import_module(name)
+        for operator, library in libraries.items():
+            ops.register_custom_op(operator, library)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         self._program = Program.load(program)

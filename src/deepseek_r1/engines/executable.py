@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..core import ArtifactError, InputError, PluginError, Report, atomic
-from ..graph import Program, Signature, evaluation
+from ..graph import Program, Signature, evaluation, simplify
 from .base import ENGINES, Runner, compile_program
 
 SCHEMA_VERSION = 1
@@ -35,6 +35,7 @@ class Executable:
         watch: tensors whose change makes the compiled program stale.
         prepare: called with the first call's inputs to make the real executable (capture at the first call).
         module: run as it is, where nothing is to be captured.
+        passes: what the program is simplified with before it is compiled again; None for all, () for none.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Executable:
         watch: Sequence[torch.Tensor] = (),
         prepare: Callable[[Any], Executable] | None = None,
         module: torch.nn.Module | None = None,
+        passes: tuple[str, ...] | None = (),
     ) -> None:
         self._program = cache(program) if callable(program) and not isinstance(program, Program) else program
         self._engine = engine
@@ -57,6 +59,7 @@ class Executable:
         self._watch = [t for t in watch if not t.is_inference()]
         self._state = self._versions()
         self._prepare = prepare
+        self._passes = passes
         self._module = module
         self._parts = [] if module is None else list(module.modules())
         self.report = report
@@ -140,7 +143,8 @@ class Executable:
 
     def refresh(self) -> None:
         """Compile again from the weights as they are now."""
-        self._runner = compile_program(ENGINES.get(self._engine)(), self.program, self._precision)
+        program = simplify(self.program, self._passes, strict=False)
+        self._runner = compile_program(ENGINES.get(self._engine)(), program, self._precision)
         self._state = self._versions()
         self.report.note("the weights were changed after compiling; compiled again")
 

@@ -7,6 +7,7 @@ from ._foreign import load_pt2
 from ._memory_plan import BufferPlan, buffer_plan
 from ._recurrent import recurrent_shapes
 from ._signature import Signature
+from ._state import preserved
 from ._static import PLAIN, StaticOptions, run_static, static_programs
 from .drawing import Drawing, trace
 from .editing import rewrite
@@ -29,6 +30,7 @@ __all__ = [
     "float64_module",
     "fold_batch_norm",
     "load_pt2",
+    "preserved",
     "recurrent_shapes",
     "rewrite",
     "run_static",

@@ -9,9 +9,10 @@ from typing import Any
 
 from ._build import BuildError, MissingCompilerError, build_op, include_dir
 from ._library import Attribute, Description, describe
-from ._register import CustomOp, libraries, register_custom_op, registered, registered_names
+from ._register import NAMESPACE, CustomOp, libraries, register_custom_op, registered, registered_names
 
 __all__ = [
+    "NAMESPACE",
     "Attribute",
     "BuildError",
     "CustomOp",

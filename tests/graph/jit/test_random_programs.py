@@ -50,7 +50,7 @@ def statements(draw: Any, depth: int, looping: bool) -> list[str]:
         return [f"if {test}:", *inner, *(["else:", *indented(draw(blocks(depth - 1, looping)))] if other else [])]
     if kind == "while":
         turns = f"turns{draw(st.integers(0, 10**6))}"
-        return [f"{turns} = 0", f"while {test} and {turns} < 3:", f"    {turns} = {turns} + 1", *inner]
+        return [f"{turns} = 0", f"while ({test}) and {turns} < 3:", f"    {turns} = {turns} + 1", *inner]
     head = draw(st.sampled_from(["for i in range(2):", "for i in range(n):", "for row in m:"]))
     use = "x = x + row * 0.1" if "row" in head else "x = x - i * 0.1"
     return [head, f"    {use}", *inner]

@@ -1,8 +1,9 @@
-"""What surrounds the rewriting: guards, sizes, closures, modules, gradients, sources, and the Program that comes out."""
+"""What surrounds the rewriting: guards, sizes, closures, modules, gradients, sources, and the Program."""
 
 from __future__ import annotations
 
 import functools
+import linecache
 import subprocess
 import sys
 
@@ -366,7 +367,7 @@ def test_what_has_no_source_is_refused():
     for builtin in (len, torch.relu):
         with pytest.raises(CaptureError, match="not written in Python"):
             jit.trace(builtin)
-    with pytest.raises(InputError, match="needs a function or an nn.Module, given int"):
+    with pytest.raises(InputError, match=r"needs a function or an nn\.Module, given int"):
         jit.trace(3)
 
 
@@ -413,3 +414,130 @@ assert "jit" in dir(deepseek) and "jit" in dir(deepseek_r1)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_traced_function_is_followed_by_another():
+    inner = jit.trace(doubled)
+    outer = jit.trace(lambda x: inner(x) + inner(-x))
+    for x in (ONES, -ONES):
+        assert torch.equal(outer(x), doubled(x) + doubled(-x))
+    assert outer.kept == {"cond": 2}
+
+
+def test_partial_functions():
+    traced = jit.trace(functools.partial(doubled, times=5))
+    assert (traced(ONES)[0], traced(-ONES)[0]) == (5, -6)
+
+
+def test_with_and_return():
+    def returns_at_the_end(x):
+        y = x + 1
+        with torch.no_grad():
+            if y.sum() > 0:
+                return y * 2
+            y = y - 1
+            return y.abs()
+
+    def returns_before(x):
+        with torch.no_grad():
+            if x.sum() > 0:
+                return x
+        return x - 1
+
+    traced = jit.trace(returns_at_the_end)
+    for x in (ONES, -3 * ONES):
+        assert torch.equal(traced(x), returns_at_the_end(x))
+    with pytest.raises(CaptureError, match="a return inside a `with`"):
+        jit.trace(returns_before)
+
+
+def test_asking_for_gradients_runs_the_original():
+    def asks(x):
+        return x * 2 if x.requires_grad and x.sum() > 0 else x
+
+    traced = jit.trace(asks)
+    assert traced(ONES)[0] == 1
+    assert traced(ONES.clone().requires_grad_())[0] == 2
+
+
+def test_assignment_expressions():
+    def remembers(x):
+        if (total := x.sum()) > 0:
+            x = x * total
+        return x, total
+
+    traced = jit.trace(remembers)
+    for x in (ONES, -ONES):
+        assert torch.equal(traced(x)[0], remembers(x)[0])
+    for body in ("while (n := x.sum()) > 0: x = x - 1", "y = x if (x.sum() > 0 and (z := x.sum()) > 1) else -x"):
+        with pytest.raises(CaptureError, match=":="):
+            jit.trace(typed(f"def f(x):\n    {body}\n    return x\n"))
+
+
+def test_else_of_a_loop_that_nothing_leaves():
+    def finishes(x):
+        while x.sum() < 6:
+            x = x + 1
+        else:
+            if x.max() > 5:
+                return x * 10
+            x = x - 1
+        return x
+
+    traced = jit.trace(finishes)
+    for x in (ONES, -ONES, 6 * ONES):
+        assert torch.equal(traced(x), finishes(x))
+
+
+def typed(text):
+    """A function as one typed in a session, whose source Python remembers."""
+    name = f"<typed {len(text)} {text[:20]}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    scope = {"torch": torch}
+    exec(compile(text, name, "exec"), scope)
+    return scope["f"]
+
+
+def decode(logits, end):
+    tokens, count = torch.zeros(logits.shape[0], dtype=torch.long), 0
+    for row in logits:
+        token = row.argmax()
+        if token == end:
+            break
+        tokens[count] = token
+        count += 1
+    return tokens, count
+
+
+def bubble_sort(x):
+    y = x.clone()
+    for i in range(y.shape[0]):
+        for j in range(y.shape[0] - 1):
+            if y[j] > y[j + 1]:
+                swapped = y[j].clone()
+                y[j] = y[j + 1]
+                y[j + 1] = swapped
+        y = y + 0 * i
+    return y
+
+
+def test_small_algorithms():
+    traced = jit.trace(decode)
+    for logits, end in ((torch.eye(4), 2), (torch.eye(4), 9), (torch.eye(5)[:, :4], 0)):
+        found, wanted = traced(logits, torch.tensor(end)), decode(logits, end)
+        assert torch.equal(found[0], wanted[0])
+        assert found[1] == wanted[1]
+    assert len(traced.programs) == 1
+    sort = jit.trace(bubble_sort)
+    for values in ([3.0, 1, 2, 5], [1.0, 2, 3], [5.0, 3, 2, 1, 7]):
+        assert torch.equal(sort(torch.tensor(values)), torch.tensor(sorted(values)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu():
+    traced = jit.trace(decode)
+    for logits, end in ((torch.eye(4), 2), (torch.eye(5)[:, :4], 0)):
+        found, wanted = traced(logits.cuda(), torch.tensor(end).cuda()), decode(logits, end)
+        assert torch.equal(found[0].cpu(), wanted[0])
+        assert found[1] == wanted[1]

@@ -93,6 +93,7 @@ def call(site: Site, runtime: Callable[[types.FunctionType], Any], function: Any
     """Call a function from rewritten code, the way that fits it."""
     tracing = current()
     again = functools.partial(call, site, runtime)
+    function = untraced(function)
     while isinstance(function, functools.partial):
         if "real_callable" in function.keywords:  # torch.export puts these in the place of max and min
             function = function.keywords["real_callable"]
@@ -113,8 +114,16 @@ def call(site: Site, runtime: Callable[[types.FunctionType], Any], function: Any
     return run(tracing, target, args, kwargs, site, runtime)
 
 
+def untraced(function: Any) -> Any:
+    """What a traced function was made from; anything else as it is."""
+    while getattr(type(function), "is_traced", False):
+        function = function.target
+    return function
+
+
 def followed(function: Any) -> tuple[types.FunctionType | None, Any]:
     """The Python function to rewrite for a callable, and its first argument if it is bound."""
+    function = untraced(function)
     if isinstance(function, types.MethodType):
         target, _ = followed(function.__func__)
         return target, function.__self__

@@ -99,7 +99,7 @@ class _Converter(Expressions):
         """The definition of a branch: it takes and gives names."""
         made = self._at(like, f"def {name}({', '.join(params)}):\n    pass\n    return {_tuple(out)}")
         assert isinstance(made, ast.FunctionDef)
-        made.body = [*body, made.body[-1]]
+        made.body = [*(s for s in body if not isinstance(s, ast.Pass)), made.body[-1]]
         return made
 
     def _body(

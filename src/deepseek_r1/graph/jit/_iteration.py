@@ -35,7 +35,7 @@ class Rows(Iteration):
         return self.tensor.shape[0]
 
     def item(self, position: torch.Tensor) -> Any:
-        return self.tensor.index_select(0, position.reshape(1)).squeeze(0)
+        return self.tensor.index_select(0, position.reshape(1).to(self.tensor.device)).squeeze(0)
 
 
 class Range(Iteration):

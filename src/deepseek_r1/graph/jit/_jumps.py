@@ -56,14 +56,18 @@ class Jumps:
                 body, orelse = (part or [ast.copy_location(ast.Pass(), stmt)] for part in both)
                 return [*out, ast.copy_location(ast.If(test=stmt.test, body=body, orelse=orelse), stmt)]
             if isinstance(stmt, ast.While | ast.For):
-                more = self._loop(stmt, loop)
+                if stmt.orelse and not _leaves(stmt):
+                    # Nothing breaks out, so the `else` always runs: it simply follows.
+                    after, stmt.orelse = stmt.orelse, []
+                    return [*out, *self._block([stmt, *after, *rest], loop)]
+                more = self._loop(stmt)
                 if isinstance(more[-1], ast.If) and _jumps(more[-1]):
                     return [*out, *more[:-1], *self._block([more[-1], *rest], loop)]
                 out += more
             elif isinstance(stmt, ast.With):
                 out.append(self._with(stmt, rest, loop))
                 if _returns(stmt):
-                    return out if not rest else [*out, *self._block([_finish_if_done(stmt), *rest], loop)]
+                    return out
             else:
                 out.append(self._other(stmt, loop))
         return out
@@ -94,10 +98,9 @@ class Jumps:
             out.append(_assign(loop.flag, ast.Constant(True), stmt))
         return out
 
-    def _loop(self, stmt: ast.While | ast.For, outer: _Loop | None) -> list[ast.stmt]:
-        leaves = any(_breaks(s) or _returns(s) for s in stmt.body)
+    def _loop(self, stmt: ast.While | ast.For) -> list[ast.stmt]:
         flag = None
-        if leaves:
+        if _leaves(stmt):
             self._count += 1
             flag = f"stop_{self._count}_"
         inner = self._block(stmt.body, _Loop(flag, True)) or [ast.copy_location(ast.Pass(), stmt)]
@@ -116,22 +119,28 @@ class Jumps:
         loop.stop_flag = flag  # type: ignore[union-attr]  # read by the converter
         out.append(ast.fix_missing_locations(ast.copy_location(loop, stmt)))
         returns = any(_returns(s) for s in stmt.body)
-        if stmt.orelse and flag is not None:
+        if stmt.orelse:
+            assert flag is not None, "an `else` that always runs was taken out"
             guard = ast.If(test=ast.UnaryOp(ast.Not(), _name(flag)), body=stmt.orelse, orelse=[])
             guard = ast.fix_missing_locations(ast.copy_location(guard, stmt))
             if _jumps(guard):
                 raise self.refuse(stmt, "a jump inside the `else` of a loop cannot be kept. Move it behind the loop.")
             out.append(guard)
-        elif stmt.orelse:
-            out += self._block(stmt.orelse, outer)
         return [*out, _finish_if_done(stmt)] if returns else out
 
     def _with(self, stmt: ast.With, rest: list[ast.stmt], loop: _Loop | None) -> ast.With:
         if any(_breaks(s, continues=True) for s in stmt.body):
             raise self.refuse(stmt, "a break or continue inside `with` cannot be kept. Move it out of it.")
-        inner = _Loop(loop.flag if loop else None, bool(rest) or bool(loop and loop.flagged))
-        body = self._block(stmt.body, inner)
-        new = ast.With(items=stmt.items, body=body)
+        body = list(stmt.body)
+        if _returns(stmt) and not _always_returns(body):
+            if rest and not (isinstance(rest[0], ast.Return) and isinstance(rest[0].value, ast.Constant | None)):
+                raise self.refuse(
+                    stmt,
+                    "a return inside a `with` that more statements follow cannot be kept. Assign inside it, and return "
+                    "behind it.",
+                )
+            body += rest[:1]
+        new = ast.With(items=stmt.items, body=self._block(body, loop))
         return ast.fix_missing_locations(ast.copy_location(new, stmt))
 
 
@@ -166,6 +175,19 @@ def _returns(node: ast.AST) -> bool:
     if isinstance(node, _SCOPES):
         return False
     return any(_returns(child) for child in ast.iter_child_nodes(node))
+
+
+def _always_returns(stmts: Sequence[ast.stmt]) -> bool:
+    """Whether nothing behind a block is ever reached."""
+    last = stmts[-1] if stmts else None
+    if isinstance(last, ast.If):
+        return _always_returns(last.body) and _always_returns(last.orelse)
+    return isinstance(last, ast.Return | ast.Raise) or (isinstance(last, ast.With) and _always_returns(last.body))
+
+
+def _leaves(loop: ast.While | ast.For) -> bool:
+    """Whether something in a loop's body ends it."""
+    return any(_breaks(s) or _returns(s) for s in loop.body)
 
 
 def _breaks(node: ast.AST, continues: bool = False) -> bool:

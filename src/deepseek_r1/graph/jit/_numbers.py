@@ -140,7 +140,7 @@ def _indexed(name: str, tensor: Any, key: Any, value: Any = None) -> tuple[Any] 
         keys = [*before, *[slice(None)] * (view.ndim - len(before) - behind), *keys[cut + 1 :]]
     places = [k for k in keys if not isinstance(k, int) or isinstance(k, bool)]
     dims = [(dim, k) for dim, k in enumerate(places) if _is_index(k)]
-    wrapped = [(dim, _from_front(k, view.shape[dim])) for dim, k in dims]
+    wrapped = [(dim, _from_front(k, view.shape[dim]).to(view.device)) for dim, k in dims]
     if name == "__getitem__":
         for dim, index in reversed(wrapped):
             view = view.index_select(dim, index).squeeze(dim)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from ._calls import followed
+from ._calls import followed, untraced
 from ._guards import LARGEST
 
 _DEEPEST = 6
@@ -54,6 +55,7 @@ class _Walk:
         self.seen: dict[int, Any] = {}
 
     def value(self, value: Any, name: str, depth: int) -> Found:
+        value = untraced(value)
         if id(value) in self.seen or depth > _DEEPEST:
             return
         self.seen[id(value)] = value
@@ -88,6 +90,8 @@ def _inside(value: Any) -> list[tuple[Any, Any]]:
         if len(value) > LARGEST:
             return []
         return list(value.items() if isinstance(value, dict) else enumerate(value))
+    if isinstance(value, functools.partial):
+        return [("function", value.func), ("arguments", value.args), ("keywords", value.keywords)]
     return list(vars(value).items()) if _has_own_state(value) else []
 
 

@@ -136,7 +136,10 @@ class Recorder:
             self.guards.reach(value)
         with running(tracing):
             given = args if owner is None else (owner, *args)
-            result = _calls.run(tracing, function, given, kwargs, site, Runtime)
+            if isinstance(self.target, functools.partial):
+                result = _calls.call(site, Runtime, self.target, args, kwargs)
+            else:
+                result = _calls.run(tracing, function, given, kwargs, site, Runtime)
             for leaf in pytree.tree_leaves(result):
                 if isinstance(leaf, Undefined):
                     raise site.refuse(leaf.message)

@@ -57,21 +57,25 @@ class Region(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.active or (self.parent is not None and _is_metadata(func)):
+        if not self.active:
             return func(*args, **kwargs)
+        if _property(func) == "requires_grad":
+            self.note_grad_switch()
         if func is torch._C._set_grad_enabled:
             self.note_grad_switch()
             if self.dry:
                 # torch would write the switch into the graph even where nothing else is recorded.
                 with torch._C.DisableTorchFunction():
                     return func(*args, **kwargs)
+        if self.parent is not None and _is_metadata(func):
+            return func(*args, **kwargs)
         args, kwargs = self.replaced(args), {k: self.replaced(v) for k, v in kwargs.items()}
         result = self.numbers.compute(func, args, kwargs)
         self.adopt(result)
         return result
 
     def note_grad_switch(self) -> None:
-        """Gradients are switched on or off here, which a capture without gradients does not record."""
+        """Gradients are switched or asked for here, which a capture without gradients does not record."""
         if self.parent is not None:
             self.parent.note_grad_switch()
 
@@ -139,10 +143,13 @@ class Region(TorchFunctionMode):
 
 
 def _is_metadata(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", "") in _PROPERTIES
-    return name in _METADATA
+    return _property(func) in _PROPERTIES or getattr(func, "__name__", "") in _METADATA
+
+
+def _property(func: Callable[..., Any]) -> str:
+    """The name of the tensor's property that is read; empty for any other function."""
+    reads = getattr(func, "__name__", "") == "__get__"
+    return getattr(getattr(func, "__self__", None), "__name__", "") if reads else ""
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,8 @@ class Runtime:
             return value
         if any(str(n) != "1" for n in value.shape):
             raise self._site().refuse(
-                f"a condition of shape {tuple(value.shape)} has no single truth value. Use .any() or .all()."
+                f"a condition of shape {tuple(value.shape)} has no single truth value. Use .any() or .all(). "
+                "(Where the first dimension is always 1, pass dynamic_shapes={}.)"
             )
         value = value if value.dtype == torch.bool else value != 0
         return value.reshape(()) if value.ndim else value

@@ -29,8 +29,12 @@ class Traced:
     (torch 2.13 differentiates a loop of no turns wrongly), and so does everything while a module is in training mode.
 
     Attributes:
+        target: the original.
         max_variants: how many graphs are kept before a call with yet another Python value or shape is refused.
     """
+
+    #: Traced functions that call this one follow the original.
+    is_traced = True
 
     def __init__(
         self,
@@ -39,7 +43,7 @@ class Traced:
         dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
         max_variants: int = 8,
     ) -> None:
-        self._target = target
+        self.target = target
         self._dynamic_shapes = dynamic_shapes
         self.max_variants = max_variants
         self._variants: list[Variant] = []
@@ -77,11 +81,11 @@ class Traced:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph that fits, capturing it first if there is none."""
         if any(module.training for module in self._module.modules()):
-            return self._target(*args, **kwargs)
+            return self.target(*args, **kwargs)
         args, kwargs = self._normal(args, kwargs)
         variant = self._variant(args, kwargs)
         if not variant.differentiable and torch.is_grad_enabled() and self._wants_gradients(args, kwargs):
-            return self._target(*args, **kwargs)
+            return self.target(*args, **kwargs)
         return variant.run(args, kwargs)
 
     def _wants_gradients(self, args: Any, kwargs: Any) -> bool:
@@ -128,7 +132,7 @@ class Traced:
         return made
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
-        recorder = Recorder(self._target, self._function, self._owner, self._signature)
+        recorder = Recorder(self.target, self._function, self._owner, self._signature)
         # The function may change its inputs in place; examples are copies so that this happens once.
         example = _copies(kwargs) or _copies(args)
         name = self._function.__name__
@@ -159,7 +163,7 @@ class Traced:
         """Raise InputError if the original fails on these inputs too."""
         try:
             with torch.no_grad():
-                self._target(*_copies(args), **_copies(kwargs))
+                self.target(*_copies(args), **_copies(kwargs))
         except Exception as e:
             raise InputError(
                 f"{self._function.__qualname__} itself fails on these inputs: {type(e).__name__}: {e}"
@@ -187,6 +191,8 @@ def _copies(values: Any) -> Any:
 
 def _followed(target: Callable[..., Any]) -> tuple[types.FunctionType, Any]:
     function = target.forward if isinstance(target, torch.nn.Module) else target
+    while isinstance(function, functools.partial):
+        function = function.func
     found, owner = _calls.followed(function)
     if found is None and isinstance(target, torch.nn.Module):
         found, owner = _source.underlying(function), target

@@ -40,7 +40,7 @@ class Variant:
                     return f"{name} is a {given.dtype} tensor of shape {tuple(given.shape)} on {given.device} now"
             elif isinstance(given, torch.Tensor) or snapshot(given) != wanted:
                 return f"{name} is {given!r} now"
-        if self.program._limits and (outside := self.program.outside(leaves)):
+        if outside := self.program.outside(leaves):
             return outside
         if self.within is not None:
             try:
