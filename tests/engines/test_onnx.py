@@ -205,3 +205,10 @@ def test_recurrent_layers_stay_one_operator_of_any_length(kind):
         x = torch.randn(shape)
         torch.testing.assert_close(run([x])[0], net(x)[0], rtol=1e-4, atol=1e-5)
     assert kind in {node.op_type for node in to_onnx(program).graph.node}
+
+
+@pytest.mark.parametrize("name", ["inductor", "executorch"])
+def test_engines_that_unroll_recurrent_layers_take_a_fixed_length_only(name):
+    engine, net, x = ENGINES.get(name)(), torch.nn.GRU(3, 5, batch_first=True).eval(), torch.randn(2, 6, 3)
+    assert "runs over a length that varies" in engine.unsupported(capture(net, x))
+    assert engine.unsupported(capture(net, x, dynamic_shapes={"input": {0: "batch"}})) == ""

@@ -27,7 +27,7 @@ from ..graph.editing import add_constant, constant_of
 from ..graph.quiet import quiet_torch
 from . import _bounds
 from ._bounds import Limit
-from ._refusals import changes_state, eager_where, not_on_the_cpu
+from ._refusals import changes_state, eager_where, not_on_the_cpu, unrolls
 from .base import Engine, Runner
 
 _PROGRAM, _ABOUT = "model.pte", "about.json"
@@ -62,8 +62,8 @@ class ExecuTorchEngine(Engine):
         return "" if find_spec("executorch") else "executorch is not installed: pip install 'deepseek-r1[executorch]'"
 
     def unsupported(self, program: Program) -> str:
-        """CPU tensors only, and no state."""
-        return not_on_the_cpu(program) or changes_state(program)
+        """CPU tensors only, no state, and no recurrent layer of any length."""
+        return not_on_the_cpu(program) or changes_state(program) or unrolls(program)
 
     def build(self, program: Program, folder: Path, precision: str) -> None:
         """Lower what XNNPACK can compute to it, the rest to ExecuTorch's portable kernels."""

@@ -25,7 +25,7 @@ from ..graph.quiet import quiet_torch
 from . import _inductor_cuda
 from ._cast import cannot_cast, cast
 from ._inductor_cuda import open_runner
-from ._refusals import changes_state, devices, eager_where, is_empty
+from ._refusals import changes_state, devices, eager_where, is_empty, unrolls
 from .base import Engine, Runner
 
 _q = torch.ops.quantized_decomposed
@@ -50,13 +50,13 @@ class InductorEngine(Engine):
         return ""
 
     def unsupported(self, program: Program) -> str:
-        """One kind of device, and no state."""
+        """One kind of device, no state, and no recurrent layer of any length."""
         kinds = devices(program)
         if len(kinds) > 1:
             return f"its tensors are on {' and '.join(sorted(kinds))}"
         if program.precision == "int8" and kinds != {"cpu"}:
             return "it has integer kernels for quantised programs on the CPU only"
-        return changes_state(program)
+        return changes_state(program) or unrolls(program)
 
     def precisions(self, program: Program) -> list[str]:
         """Lower floating-point types where the hardware computes in them."""
