@@ -15,7 +15,7 @@ from torch import nn
 
 import deepseek_r1 as dr1
 from deepseek_r1.core import ArtifactError, Budget, ConfigError, Report
-from deepseek_r1.engines import ENGINES, ChoiceCache, RaceConfig, _optimize, _race, optimize
+from deepseek_r1.engines import ENGINES, ChoiceCache, RaceConfig, _optimize, _rungs, optimize
 from deepseek_r1.engines._fingerprint import Fingerprint, NoFingerprint
 from deepseek_r1.graph import capture
 from deepseek_r1.measure import paired_turns
@@ -32,7 +32,7 @@ def _sure_races(monkeypatch):
         handicapped = {n: slow(t) if n.startswith("eager") else t for n, t in rivals.items()}
         return paired_turns(handicapped, rounds=20, settle_s=0, min_round_s=0)
 
-    monkeypatch.setattr(_race, "paired_turns", turns)
+    monkeypatch.setattr(_rungs, "paired_turns", turns)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Candidates in child processes: what a crash, a hang or hunger for memory costs, and what stays in this process."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 
 from deepseek_r1.core import ConfigError
-from deepseek_r1.engines import ENGINES, RaceConfig, _process, _race, optimize
+from deepseek_r1.engines import ENGINES, RaceConfig, _process, _rungs, optimize
 from deepseek_r1.engines._eager import EagerEngine
 from deepseek_r1.engines._process import ChildError, Worker
+from deepseek_r1.graph import capture
 from deepseek_r1.measure import paired_turns
 
 SOURCE = '''
@@ -215,7 +217,7 @@ def test_operators_written_in_python_are_raced_here():
 
 
 def test_the_slower_half_leaves_early(net, monkeypatch):
-    monkeypatch.setattr(_race, "_FINALISTS", 1)
+    monkeypatch.setattr(_rungs, "_FINALISTS", 1)
     rungs = []
 
     def turns(rivals, **how):
@@ -223,7 +225,7 @@ def test_the_slower_half_leaves_early(net, monkeypatch):
         slow = lambda turn: lambda settle, calls: turn(settle, calls) + 1.0  # noqa: E731
         return paired_turns({n: t if n.startswith("good") else slow(t) for n, t in rivals.items()}, **how)
 
-    monkeypatch.setattr(_race, "paired_turns", turns)
+    monkeypatch.setattr(_rungs, "paired_turns", turns)
     fast = optimize(net, example_inputs=X, engines=["good", "onnxruntime"], race=QUICK)
     assert fast.engine == "good"
     assert "times as slow as good fp32 in the first rounds" in reasons(fast)["onnxruntime fp32"]
@@ -237,3 +239,21 @@ def test_the_slower_half_leaves_early(net, monkeypatch):
 def test_wrong_settings(field, value):
     with pytest.raises(ConfigError, match=rf"RaceConfig\({field}="):
         RaceConfig(**{field: value})
+
+
+def test_a_child_ends_when_idle_only_while_it_holds_no_candidate(tmp_path):
+    capture(nn.Linear(2, 2), torch.ones(2, 2)).save(tmp_path / "program.dr1")
+    code = "from deepseek_r1.engines import _worker; _worker.IDLE_SECONDS = 0.5; _worker.main()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, bufsize=1, **pipes) as child:
+
+        def ask(**request):
+            child.stdin.write(json.dumps(request) + "\n")
+            return json.loads(child.stdout.readline())
+
+        loaded = {"program": str(tmp_path / "program.dr1"), "imports": [], "libraries": {}, "threads": 1}
+        assert ask(op="load", device="cpu", **loaded) == {"ok": True}
+        time.sleep(1.5)
+        assert child.poll() is None
+        assert ask(op="drop") == {"ok": True}
+        assert child.wait(10) == 0

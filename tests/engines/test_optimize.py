@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deepseek_r1.core import Budget, CaptureError, CheckFailedError, ConfigError, InputError, PluginError
-from deepseek_r1.engines import ENGINES, Executable, _race, compile_program, optimize
+from deepseek_r1.engines import ENGINES, Executable, _rungs, compile_program, optimize
 from deepseek_r1.engines._accuracy import judge
 from deepseek_r1.engines._eager import EagerEngine, eager_runner
 from deepseek_r1.graph import Program, capture
@@ -46,7 +46,7 @@ class Rival(EagerEngine):
 def _short_races(monkeypatch):
     """Fewer rounds: these tests are about who may win, by margins that few rounds show."""
     short = lambda turns, rounds, **_: paired_turns(turns, rounds=min(rounds, 12), max_seconds=0.5)  # noqa: E731
-    monkeypatch.setattr(_race, "paired_turns", short)
+    monkeypatch.setattr(_rungs, "paired_turns", short)
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ import torch.utils._pytree as pytree
 from ..core import Budget, CheckFailedError, ConfigError, InputError, Report, probe
 from ..data import batch_size, unpack_batch
 from ..graph import Program, as_inputs, capture, float64_module, preserved, simplify, to_float64
+from ._candidate import Candidate
 from ._config import RaceConfig
 from ._eager import eager_runner
-from ._race import Candidate, Task
+from ._race import Task
 from ._race import race as run_race
 from ._remember import Memory, keep, memory_of, recall
 from ._starter import Starter

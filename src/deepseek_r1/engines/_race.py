@@ -9,27 +9,19 @@ candidates as contenders; it does not know engines.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..core import Budget, InputError, Report, progress
-from ..measure import (
-    ENOUGH_ROUNDS,
-    QUIET_SPREAD,
-    Latency,
-    Turn,
-    compare,
-    paired_turns,
-    ratio_interval,
-)
+from ..measure import ENOUGH_ROUNDS, QUIET_SPREAD, compare, ratio_interval
 from ._accuracy import judge
+from ._candidate import Candidate, failure
 from ._config import RaceConfig
-from ._contender import Contender
-from ._eager import on_one_thread
 from ._process import ChildError
+from ._rungs import Rungs
 
 #: A float32 candidate may be this many times as far from the float64 reference as eager float32 is.
 ERROR_MULTIPLE = 20.0
@@ -37,51 +29,8 @@ ERROR_MULTIPLE = 20.0
 ERROR_FLOOR = 2e-6
 #: Accuracy that a precision below the model's own may cost when no budget says otherwise.
 DEFAULT_ACCURACY_DROP = 0.005
-#: After the first rung, this many go on, and whoever is at most this much slower than the fastest.
-_FINALISTS, _CLOSE = 2, 1.1
-
-_AGAIN, _ONE, _ONE_AGAIN = "eager again", "eager on one thread", "eager on one thread again"
 
 Leaves = Sequence[Any]
-
-
-@dataclass
-class Candidate:
-    """One way to run the model.
-
-    Attributes:
-        prepare: compiles it; may raise anything.
-        size_bytes: bytes of its weights.
-        exact: whether it computes in the model's own precision and so must match the float64 reference about as well
-            as the plain model does; otherwise it is judged by the task metric.
-        latency: from the last rung it took part in, and `bar` eager's from the same.
-        problem: why it is out, empty while it is in.
-        measure_peak: gives the peak memory of a fresh process that runs it, in bytes; called if a budget limits that.
-    """
-
-    name: str
-    prepare: Callable[[], Contender] = field(repr=False)
-    size_bytes: int
-    exact: bool
-    contender: Contender | None = field(default=None, repr=False)
-    latency: Latency | None = None
-    bar: Latency | None = None
-    accuracy: float | None = None
-    problem: str = ""
-    measure_peak: Callable[[], int] | None = field(default=None, repr=False)
-    peak_bytes: int | None = None
-    tag: Any = field(default=None, repr=False)
-
-    def drop(self, problem: str) -> None:
-        """Take it out of the race."""
-        self.problem = problem
-        self.close()
-
-    def close(self) -> None:
-        """Free what it holds."""
-        if self.contender is not None:
-            self.contender.close()
-        self.contender = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,30 +74,24 @@ def _race(
         alive = [c for c in rivals if not c.problem]
         if budget.memory_gb is not None:
             alive = _measure_memory(baseline, alive, budget, report)
-        first = max(5, config.rounds // 10)
-        if len(alive) > _FINALISTS:
-            _time(baseline, alive, first, config.seconds / 4)
-            alive = _halve(alive)
+        rungs = Rungs(baseline)
+        alive = rungs.first(alive, max(5, config.rounds // 10), config.seconds / 4)
         advance(1, "final")
-        again = _time(baseline, alive, config.rounds, config.seconds, own_noise=True)
+        again = rungs.final(alive, config.rounds, config.seconds)
         advance(1, "")
     alive = [c for c in alive if not c.problem]
     assert baseline.latency is not None, "it was timed"
     noise = ratio_interval(again, baseline.latency)
-    if baseline.latency.name == _ONE:
+    if rungs.on_one_thread:
         report.facts["eager"] = f"timed on one thread, which is faster here than {torch.get_num_threads()}"
-    timed = [c for c in rivals if math.isfinite(_median_ms(c))]
-    winner = _choose(baseline, max(noise[2], 1 / noise[0]), alive, timed, budget, report)
+    timed = [c for c in rivals if math.isfinite(c.median_ms)]
+    sure = _surely_faster(baseline, max(noise[2], 1 / noise[0]), alive, timed, budget, report)
+    winner = rungs.fastest(sure, config.rounds, config.seconds / 2, report) or baseline
     for candidate in rivals:
         if candidate.problem:
             report.skip(candidate.name, candidate.problem)
     quiet = _describe(baseline, alive, winner, noise, judged.allowed, report)
     return winner, quiet or winner is not baseline
-
-
-def _failure(e: Exception) -> str:
-    # A child's error names its class already, and says how it died.
-    return f"failed: {e}" if isinstance(e, ChildError) else f"failed: {type(e).__name__}: {str(e)[:200]}"
 
 
 def _qualify(candidate: Candidate, judged: _Judged, task: Task, budget: Budget) -> None:
@@ -197,11 +140,11 @@ class _Judged:
         try:
             error = compare(self._reference, _numpy(_answer(candidate, task.probe))).max_rel
         except ChildError as e:
-            return _failure(e)
+            return failure(e)
         except ValueError as e:
             return f"wrong outputs: {e}"
         except Exception as e:
-            return _failure(e)
+            return failure(e)
         if candidate.exact and not error <= self.allowed:
             return f"wrong: error {error:.1e} against float64, allowed {self.allowed:.1e}"
         return "" if error < math.inf else "wrong: outputs that are not finite"
@@ -213,7 +156,7 @@ class _Judged:
         try:
             answers = [_answer(candidate, leaves) for leaves, _ in task.batches]
         except Exception as e:
-            return _failure(e)
+            return failure(e)
         scores = judge(answers, self._floats, self._labels)
         candidate.accuracy = scores[0].value
         problem = ""
@@ -257,57 +200,10 @@ def _too_hungry(candidate: Candidate, budget: Budget) -> str:
     return ""
 
 
-def _turn(candidate: Candidate) -> Turn:
-    # A rival that fails in the middle of the race costs only itself.
-    def turn(settle_s: float, calls: int) -> float:
-        if candidate.problem or candidate.contender is None:
-            return math.inf
-        try:
-            return candidate.contender.turn(settle_s, calls)
-        except Exception as e:
-            candidate.drop(_failure(e))
-            return math.inf
-
-    return turn
-
-
-def _time(
-    baseline: Candidate, rivals: list[Candidate], rounds: int, seconds: float, *, own_noise: bool = False
-) -> Latency:
-    """One rung: time everybody in turns; with `own_noise` also eager against itself, which is returned."""
-    assert baseline.contender is not None, "it was prepared"
-    plain = baseline.contender.turn
-    turns: dict[str, Turn] = {baseline.name: plain, _ONE: on_one_thread(plain), **{c.name: _turn(c) for c in rivals}}
-    if own_noise:
-        # Eager runs again under other names: the difference from itself is what noise alone can do.
-        turns |= {_AGAIN: plain, _ONE_AGAIN: on_one_thread(plain)}
-    latencies = paired_turns(turns, rounds=rounds, max_seconds=seconds)
-    # A rival has to beat eager as it is at its best, not as its default thread count happens to leave it.
-    name, again = min(((baseline.name, _AGAIN), (_ONE, _ONE_AGAIN)), key=lambda pair: latencies[pair[0]].median_ms)
-    baseline.latency = latencies[name]
-    for candidate in rivals:
-        candidate.latency, candidate.bar = latencies[candidate.name], latencies[name]
-    return latencies.get(again, latencies[name])
-
-
-def _median_ms(candidate: Candidate) -> float:
-    return candidate.latency.median_ms if candidate.latency is not None else math.inf
-
-
-def _halve(alive: list[Candidate]) -> list[Candidate]:
-    """The faster ones; the others leave with what they were timed at."""
-    ranked = sorted((c for c in alive if not c.problem), key=_median_ms)
-    kept = [c for i, c in enumerate(ranked) if i < _FINALISTS or _median_ms(c) <= _CLOSE * _median_ms(ranked[0])]
-    for candidate in ranked[len(kept) :]:
-        slower = _median_ms(candidate) / _median_ms(ranked[0])
-        candidate.drop(f"{slower:.2f} times as slow as {ranked[0].name} in the first rounds")
-    return kept
-
-
-def _choose(
+def _surely_faster(
     baseline: Candidate, spread: float, alive: list[Candidate], timed: list[Candidate], budget: Budget, report: Report
-) -> Candidate:
-    """The fastest candidate that beats eager by more than `spread`, what eager differs from itself by."""
+) -> list[Candidate]:
+    """The candidates that beat eager by more than `spread`, what eager differs from itself by."""
     plain_is_out = bool(_too_large(baseline, budget) or _too_hungry(baseline, budget))
     sure: list[Candidate] = []
     for candidate in timed:
@@ -326,7 +222,7 @@ def _choose(
             report.skip(
                 candidate.name, f"not surely faster than eager, which differs from itself by up to {spread:.2f}x"
             )
-    return min(sure, key=_median_ms, default=baseline)
+    return sure
 
 
 def _describe(
@@ -341,11 +237,15 @@ def _describe(
     )  # fmt: skip
     report.facts["noise of the race"] = f"eager against itself {noise[1]:.3f}x, 95 % {noise[0]:.3f} to {noise[2]:.3f}"
     rounds = len(timed[0].latency.seconds) if timed[0].latency else 0
-    quiet = max(noise[2], 1 / noise[0]) <= QUIET_SPREAD and rounds >= ENOUGH_ROUNDS
+    quiet = max(noise[2], 1 / noise[0]) <= QUIET_SPREAD
     if not quiet:
         report.note(
-            f"the machine was busy: {rounds} rounds, and eager against itself gave {noise[0]:.2f} to {noise[2]:.2f}; "
-            "run again when it is quiet for numbers to quote"
+            f"the machine was busy: eager against itself gave {noise[0]:.2f} to {noise[2]:.2f}; run again when it is "
+            "quiet for numbers to quote"
+        )
+    if rounds < ENOUGH_ROUNDS:
+        report.note(
+            f"there was time for {rounds} rounds only; RaceConfig(seconds=...) gives more, for numbers to quote"
         )
     report.facts["allowed error of exact candidates"] = f"{allowed:.1e} relative to the largest output"
     report.note(
@@ -353,4 +253,4 @@ def _describe(
         if winner is not baseline
         else "chosen: eager, because no candidate was right and surely faster"
     )
-    return quiet
+    return quiet and rounds >= ENOUGH_ROUNDS

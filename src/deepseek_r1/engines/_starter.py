@@ -19,9 +19,9 @@ from .. import ops
 from ..core import InputError, Report
 from ..graph import Program, Signature
 from ..measure import peak_memory_of
+from ._candidate import Candidate
 from ._config import RaceConfig
 from ._contender import ChildContender, Contender, LocalContender, Unreadable
-from ._race import Candidate
 from ._refusals import devices
 from .base import ENGINES, Engine, Runner
 from .executable import Executable

@@ -28,7 +28,7 @@ from ..measure import Turn, turn_of
 from .base import ENGINES, Runner
 from .executable import Executable
 
-#: An idle child ends after this time.
+#: A child that holds no candidate ends after this time.
 IDLE_SECONDS = 60.0
 
 
@@ -40,6 +40,11 @@ class Child:
         self._runner: Runner | None = None
         self._turn: Turn | None = None
         self._device = "cpu"
+
+    @property
+    def free(self) -> bool:
+        """Whether it holds nothing."""
+        return self._program is None
 
     def load(
         self, program: str, imports: list[str], libraries: dict[str, str], threads: int, device: str
@@ -101,7 +106,7 @@ class Child:
 
 
 def main() -> None:
-    """Serve until standard input ends, or nothing was asked for a minute."""
+    """Serve until standard input ends, or nothing was asked of a free child for a minute."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     _end_with_parent()
@@ -110,7 +115,8 @@ def main() -> None:
     pending = b""
     while True:
         while b"\n" not in pending:
-            if not select.select([requests], [], [], IDLE_SECONDS)[0]:
+            # One that holds a candidate waits: others may take minutes to compile.
+            if not select.select([requests], [], [], IDLE_SECONDS if child.free else None)[0]:
                 return
             part = os.read(0, 1 << 16)
             if not part:
