@@ -30,7 +30,7 @@ def _sure_races(monkeypatch):
     def turns(rivals, **_):
         slow = lambda turn: lambda settle, calls: turn(settle, 1) + 1.0  # noqa: E731
         handicapped = {n: slow(t) if n.startswith("eager") else t for n, t in rivals.items()}
-        return paired_turns(handicapped, rounds=20, settle_s=0, min_round_s=0)
+        return paired_turns(handicapped, rounds=20, pause_s=0, settle_s=0, min_round_s=0)
 
     monkeypatch.setattr(_rungs, "paired_turns", turns)
 

@@ -45,7 +45,7 @@ class Rival(EagerEngine):
 @pytest.fixture(autouse=True)
 def _short_races(monkeypatch):
     """Fewer rounds: these tests are about who may win, by margins that few rounds show."""
-    short = lambda turns, rounds, **_: paired_turns(turns, rounds=min(rounds, 12), max_seconds=0.5)  # noqa: E731
+    short = lambda turns, rounds, **_: paired_turns(turns, rounds=min(rounds, 12), max_seconds=0.5, pause_s=0)  # noqa: E731
     monkeypatch.setattr(_rungs, "paired_turns", short)
 
 

@@ -132,7 +132,7 @@ def _latency(program: Program, artifact: Any, x: Any, batch_sizes: Sequence[int]
         default, one = f"{torch.get_num_threads()} threads", "1 thread"
         variants = {default: eager, one: on_one_thread(eager)}
         again = {f"{name} again": function for name, function in variants.items()}
-        times = paired_latency({**variants, **again, "after": shipped}, rounds=60, max_seconds=6)
+        times = paired_latency({**variants, **again, "after": shipped}, rounds=60, max_seconds=8)
         threads = min(variants, key=lambda name: times[name].median_ms)
         before, after = times[threads], times["after"]
         noise = ratio_interval(times[f"{threads} again"], before)

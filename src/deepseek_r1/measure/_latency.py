@@ -1,11 +1,16 @@
 """Latency of rivals, measured in turns, so that what disturbs one disturbs all.
 
-Each round runs every rival once, in an order that rotates; ratios are then taken within rounds. A rival that is run
+Each round runs every rival once, in an order drawn anew; ratios are then taken within rounds. A rival that is run
 twice under two names ("A against A") shows how much of a difference is noise.
+
+Between turns everybody sleeps. A thread pool keeps spinning for a while after its last call, so as to be quick at the
+next one, and takes the cores from whoever comes after it, in this process or in another: eager PyTorch took 1.8 times
+as long right after ONNX Runtime, and no longer than usual after 30 ms.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -72,9 +77,10 @@ def paired_turns(
     *,
     rounds: int = 50,
     warmup: int = 3,
-    min_round_s: float = 1e-3,
+    min_round_s: float = 1e-2,
     max_seconds: float | None = None,
-    settle_s: float = 2e-3,
+    pause_s: float = 4e-2,
+    settle_s: float = 1e-2,
 ) -> dict[str, Latency]:
     """Time the rivals in turns, wherever each of them runs.
 
@@ -82,23 +88,26 @@ def paired_turns(
         rivals: name -> its turn; see `turn_of`.
         rounds: how often each is timed.
         warmup: untimed calls of each before.
-        min_round_s: a faster rival is called several times a round, so that the clock is fine enough.
+        min_round_s: a faster rival is called several times a round, up to 1,000 times.
         max_seconds: stop after this time, though never before five rounds.
-        settle_s: pause before each rival's turn, and length of the untimed calls that follow. Thread pools of one
-            engine keep spinning for a while after its call and would take the cores from the next one.
+        pause_s: sleep before each rival's turn, in which the thread pools of the one before come to rest.
+        settle_s: length of the untimed calls that follow, which wake its own.
     """
     repeats = {}
     for name, turn in rivals.items():
+        time.sleep(pause_s)
         turn(0.0, max(1, warmup))
         once = max(turn(0.0, 1), 1e-7)
         repeats[name] = max(1, min(1000, int(min_round_s / once)))
     times: dict[str, list[float]] = {name: [] for name in rivals}
     names = list(rivals)
+    order = random.Random(0)
     begin = time.perf_counter()
     for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            time.sleep(settle_s)
+        # A fixed order would always put the same one before another.
+        order.shuffle(names)
+        for name in names:
+            time.sleep(pause_s)
             times[name].append(rivals[name](settle_s, repeats[name]))
         if max_seconds is not None and number >= 4 and time.perf_counter() - begin > max_seconds:
             break

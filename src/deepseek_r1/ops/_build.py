@@ -126,7 +126,10 @@ def plan(
         host = ",".join((*_FLAGS, *_tuning("native", own)))
         # Two warnings of nvcc: on loops of the CPU side, and on methods that are overridden in part, as is meant.
         quiet = ("-diag-suppress", "20014,611")
-        start = (found, "-x", "cu", arch, "--extended-lambda", "--expt-relaxed-constexpr", "-Xcompiler", host, *quiet)
+        # Float division and square root to 2 and 3 units in the last place, as Inductor's kernels have them.
+        fast = ("-prec-div=false", "-prec-sqrt=false")
+        options = ("--extended-lambda", "--expt-relaxed-constexpr", "-Xcompiler", host, *quiet, *fast)
+        start = (found, "-x", "cu", arch, *options)
     else:
         start = (found, *_FLAGS, *(_tuning(march, own) if march or not cross else ()))
     common = ("-std=c++17", "-O3", "-shared", "-I", str(include_dir()), *flags, str(file))

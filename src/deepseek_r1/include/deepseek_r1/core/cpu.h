@@ -98,6 +98,7 @@ struct Leaf : Node {
   }
   template <class R>
   DR1_HD DR1_INLINE void prepare(R&) {}
+  bool same(const Leaf& other) const { return index == other.index && seed == other.seed; }
   template <class V>
   DR1_HD DR1_INLINE V made(C x) const {
     if constexpr (DualTraits<V>::dual) {

@@ -49,6 +49,7 @@ struct Tangent : Node {
   DR1_HD DR1_INLINE void prepare(R& r) {
     a.prepare(r);
   }
+  bool same(const Tangent& other) const { return a.same(other.a); }
   template <class V, class P>
   DR1_HD DR1_INLINE V eval(const P& p) const {
     if constexpr (std::is_floating_point_v<V>) {
@@ -83,6 +84,7 @@ struct Once : Node {
   }
   template <class R>
   DR1_HD DR1_INLINE void prepare(R&) {}
+  bool same(const Once& other) const { return width == other.width && active == other.active; }
   template <class V, class P>
   DR1_HD DR1_INLINE V eval(const P& at) const {
     return V(!active || start + at.j == 0 ? 1 : 0);

@@ -28,6 +28,7 @@ struct Nothing : Node {
   DR1_HD DR1_INLINE void seek(const S&) {}
   template <class R>
   DR1_HD DR1_INLINE void prepare(R&) {}
+  bool same(const Nothing&) const { return true; }
   void number(int&) {}
 };
 
@@ -50,6 +51,7 @@ struct Scalar : Node {
   DR1_HD DR1_INLINE void seek(const S&) {}
   template <class R>
   DR1_HD DR1_INLINE void prepare(R&) {}
+  bool same(const Scalar& other) const { return real == other.real && whole == other.whole; }
   void number(int&) {}
   template <class V, class P>
   DR1_HD DR1_INLINE V eval(const P&) const {
@@ -69,6 +71,9 @@ struct Apply : Node {
   A a;
   B b;
   D d;
+  // Both operands are the same expression of the same tensors, as in `y * y`, which is then computed once. Only a GPU
+  // needs to be told: a compiler for a CPU sees it, and would not vectorise a loop with a branch.
+  bool twins = false;
   DR1_HD Apply(const A& first, const B& second = B(), const D& third = D()) : a(first), b(second), d(third) {}
   template <class V>
   void visit(V&& v) const {
@@ -81,15 +86,27 @@ struct Apply : Node {
   template <class W>
   auto bind(W& w) const {
     using R = Apply<F, decltype(a.bind(w)), decltype(b.bind(w)), decltype(d.bind(w))>;
-    return R{a.bind(w), b.bind(w), d.bind(w)};
+    R bound{a.bind(w), b.bind(w), d.bind(w)};
+    if constexpr (std::is_same_v<A, B>) bound.twins = bound.a.same(bound.b);
+    return bound;
+  }
+  bool same(const Apply& other) const { return a.same(other.a) && b.same(other.b) && d.same(other.d); }
+  DR1_HD DR1_INLINE bool once() const {
+#ifdef __CUDA_ARCH__
+    return std::is_same_v<A, B> && twins;
+#else
+    return false;
+#endif
   }
   template <class S>
   DR1_HD DR1_INLINE void seek(const S& s) {
-    a.seek(s), b.seek(s), d.seek(s);
+    a.seek(s), d.seek(s);
+    if (!once()) b.seek(s);
   }
   template <class R>
   DR1_HD DR1_INLINE void prepare(R& r) {
-    a.prepare(r), b.prepare(r), d.prepare(r);
+    a.prepare(r), d.prepare(r);
+    if (!once()) b.prepare(r);
   }
   void number(int& next) { a.number(next), b.number(next), d.number(next); }
   template <class V, class P>
@@ -97,9 +114,20 @@ struct Apply : Node {
     if constexpr (std::is_same_v<B, Nothing>) {
       return F::apply(a.template eval<V>(p));
     } else if constexpr (std::is_same_v<D, Nothing>) {
-      return F::apply(a.template eval<V>(p), b.template eval<V>(p));
+      const V first = a.template eval<V>(p);
+      if constexpr (std::is_same_v<A, B>) {
+        if (once()) return F::apply(first, first);
+      }
+      return F::apply(first, b.template eval<V>(p));
     } else {
-      return F::apply(a.template eval<V>(p), b.template eval<V>(p), d.template eval<V>(p));
+      const V first = a.template eval<V>(p);
+      V second = first;
+      if constexpr (std::is_same_v<A, B>) {
+        if (!once()) second = b.template eval<V>(p);
+      } else {
+        second = b.template eval<V>(p);
+      }
+      return F::apply(first, second, d.template eval<V>(p));
     }
   }
 };
@@ -257,6 +285,7 @@ struct BoundReduce : Node {
     a.prepare(r);
     value = r.template fold<F>(a, width);
   }
+  bool same(const BoundReduce& other) const { return seed == other.seed && a.same(other.a); }
   template <class V, class P>
   DR1_HD DR1_INLINE V eval(const P&) const {
     if constexpr (DualTraits<V>::dual) {
