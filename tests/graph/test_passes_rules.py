@@ -454,6 +454,45 @@ def test_what_only_looks_like_attention_stays(function):
     assert unchanged(function, *qkv(), only="fuse_attention", causal=CAUSAL)
 
 
+# Products with constants
+
+
+@pytest.mark.parametrize(
+    ("function", "views"),
+    [
+        (lambda m, x: torch.addmm(m.b, x.view(-1, 8), m.w).view(x.shape[0], x.shape[1], 6), 0),
+        (lambda m, x: torch.addmm(m.b, x.view(-1, 8), m.w), 1),
+        (lambda m, x: torch.addmm(m.b, x.view(-1, 8), m.w).view(x.shape[1], x.shape[0], 6), 2),
+        (lambda m, x: (x @ m.w).relu(), 0),
+        (lambda m, x: torch.mm(x[:, 0], m.w), 0),
+    ],
+)
+def test_products_with_a_constant_are_linear_layers(function, views):
+    made = {"w": nn.Parameter(torch.randn(8, 6)), "b": nn.Parameter(torch.randn(6))}
+    program, after = run(function, torch.randn(2, 3, 8), only=("name_linears",), **made)
+    assert targets(after).count(aten.linear.default) == 1
+    assert not {aten.addmm.default, aten.mm.default, aten.matmul.default} & set(targets(after))
+    assert targets(after).count(aten.view.default) == views
+    x = torch.randn(5, 4, 8)
+    torch.testing.assert_close(after(x), program(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5),
+        lambda m, x: torch.addmm(x.sum(0)[:6], x, m.w),
+        lambda m, x: torch.addmm(m.c, x, m.w),  # a bias for each row
+        lambda m, x: x @ x.T,
+        lambda m, x: m.w.T @ x.T,
+        lambda m, x: x @ m.b8,
+    ],
+)
+def test_products_that_are_no_linear_layers_stay(function):
+    made = {"w": torch.randn(8, 6), "b": torch.randn(6), "c": torch.randn(8, 6), "b8": torch.randn(8)}
+    assert unchanged(function, torch.randn(8, 8), only="name_linears", **made)
+
+
 # Linear layers with one input
 
 

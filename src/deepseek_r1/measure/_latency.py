@@ -80,7 +80,7 @@ def paired_turns(
     min_round_s: float = 1e-2,
     max_seconds: float | None = None,
     pause_s: float = 4e-2,
-    settle_s: float = 1e-2,
+    settle_s: float = 3e-2,
 ) -> dict[str, Latency]:
     """Time the rivals in turns, wherever each of them runs.
 

@@ -21,6 +21,7 @@ from ._attention import fuse_attention
 from ._constants import fold_constants
 from ._double import Judge
 from ._effects import sweep
+from ._linears import name_linears
 from ._merge import merge_linears
 from ._norms import name_norms
 from ._tidy import remove_dead_code, remove_dropout, remove_identities, share_subexpressions
@@ -33,6 +34,7 @@ PASSES: dict[str, Callable[[GraphModule], int]] = {
     "fold_constants": fold_constants,
     "share_subexpressions": share_subexpressions,
     "fold_batch_norm": _batch_norm.fold_batch_norm,
+    "name_linears": name_linears,
     "name_activations": name_activations,
     "name_norms": name_norms,
     "fuse_attention": fuse_attention,
