@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Sources without a build backend of their own get theirs pinned too.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: quickstart test tiny lint docs clean
+.PHONY: quickstart test tiny lint docs zoo tables clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/deepseek-r1 run digits
@@ -39,6 +39,14 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
 	touch $@
+
+# The table of architectures in docs/benchmarks.md, measured anew on this machine.
+zoo: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/optimize_zoo.py --fresh
+	$(BIN)/python benchmarks/tables.py
+
+tables: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

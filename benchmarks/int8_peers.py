@@ -1,0 +1,317 @@
+"""A quantised Program after `optimize`, against what each peer makes of the same module in int8.
+
+    python benchmarks/int8_peers.py [--only resnet50,mobilenet_v2,bert_base,gpt2_decode] [--rounds 60] [--seconds 60]
+
+Peers, each driven as its own documentation says: OpenVINO with NNCF's post-training quantisation (transformers: with
+`model_type=TRANSFORMER`), ONNX Runtime's static (QDQ) and dynamic quantisation of an export by `torch.onnx`, and
+ExecuTorch with XNNPACK's quantiser (dynamic activations for transformers). They get fixed sizes, ours stay dynamic.
+
+All calibrate on the same random batches, and are judged on others: the error is the root mean square of the difference
+from eager float32, relative to that of its answers. A peer is matched if its error is at most 1.25 times ours. Then all
+are timed in turns in one process, eager twice. Weights are random, so no accuracy is claimed.
+
+Results go to benchmarks/results/int8_peers.json, model by model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from optimize_zoo import about
+from zoo import Entry, entry
+
+from deepseek_r1 import quantize
+from deepseek_r1.core import Budget, atomic
+from deepseek_r1.engines import RaceConfig, optimize
+from deepseek_r1.graph import as_inputs
+from deepseek_r1.measure import paired_latency, ratio_interval
+from deepseek_r1.runtime._openvino import load_openvino
+
+RESULT = Path(__file__).parent / "results" / "int8_peers.json"
+MODELS = ("resnet50", "mobilenet_v2", "bert_base", "gpt2_decode")
+TRANSFORMERS = ("bert_base", "gpt2_decode")
+#: How much larger than ours a peer's error may be.
+MATCHED = 1.25
+BAR = 0.97
+
+Leaves = list[Any]
+Run = Callable[[Leaves], Leaves]
+
+
+class Flat(torch.nn.Module):
+    """The module on a flat list of inputs, with flat outputs, as the peers' readers want it."""
+
+    def __init__(self, module: torch.nn.Module, example: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.tree = pytree.tree_flatten(example)[1]
+
+    def forward(self, *leaves: torch.Tensor) -> Any:
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.tree)
+        found = [v for v in pytree.tree_leaves(self.module(*args, **kwargs)) if isinstance(v, torch.Tensor)]
+        return found[0] if len(found) == 1 else tuple(found)
+
+
+def ours(module: torch.nn.Module, batches: list[Any], folder: Path, transformer: bool) -> tuple[Run, dict[str, Any]]:
+    """Static int8 of the module, raced on every engine."""
+    data = [kwargs or (args if len(args) != 1 else args[0], None) for args, kwargs in batches]
+    start = time.perf_counter()
+    program = quantize(module, dataset=data, example_inputs=batches[0][1] or batches[0][0])
+    quantised_s = time.perf_counter() - start
+    # Random weights have no accuracy to lose; the error is measured below.
+    budget = Budget(accuracy_drop=1.0)
+    fast = optimize(program, dataset=data[:2], budget=budget, race=RaceConfig(cache=False, timeout_s=600))
+    tree = pytree.tree_flatten(batches[0])[1]
+
+    def run(leaves: Leaves) -> Leaves:
+        args, kwargs = pytree.tree_unflatten(leaves, tree)
+        return [v for v in pytree.tree_leaves(fast(*args, **kwargs)) if isinstance(v, torch.Tensor)]
+
+    rows = {r.metric: r.value for r in fast.report.rows if r.metric.startswith("latency")}
+    chosen = f"{fast.engine} {fast.precision}"
+    return run, {"chosen": chosen, "quantise_s": quantised_s, "race": rows, "skipped": dict(fast.report.skipped)}
+
+
+def _openvino_run(model: Any) -> Run:
+    openvino = load_openvino()
+    compiled = openvino.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    request = compiled.create_infer_request()
+
+    def run(leaves: Leaves) -> Leaves:
+        found = request.infer([v.numpy() for v in leaves], share_inputs=True, share_outputs=False)
+        return [torch.from_numpy(found[port]) for port in compiled.outputs]
+
+    return run
+
+
+def openvino_nncf(flat: Flat, batches: list[Leaves], folder: Path, transformer: bool) -> tuple[Run, dict[str, Any]]:
+    openvino = load_openvino()
+    import nncf
+
+    model = openvino.convert_model(torch.export.export(flat, tuple(batches[0])))
+    dataset = nncf.Dataset(batches, lambda leaves: [v.numpy() for v in leaves])
+    options = {"model_type": nncf.ModelType.TRANSFORMER} if transformer else {}
+    return _openvino_run(nncf.quantize(model, dataset, subset_size=len(batches), **options)), {}
+
+
+def _onnx_file(flat: Flat, batches: list[Leaves], folder: Path) -> Path:
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    exported = torch.onnx.export(flat, tuple(batches[0]), dynamo=True, opset_version=20, verbose=False)
+    # Shapes that the exporter noted stand in the way of ONNX Runtime's quantiser.
+    del exported.model_proto.graph.value_info[:]
+    exported.save(folder / "raw.onnx", external_data=False)
+    quant_pre_process(folder / "raw.onnx", folder / "ready.onnx", skip_symbolic_shape=True)
+    return folder / "ready.onnx"
+
+
+def _onnx_run(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+
+    def run(leaves: Leaves) -> Leaves:
+        found = session.run(None, {n: v.numpy() for n, v in zip(names, leaves, strict=True)})
+        return [torch.from_numpy(v) for v in found]
+
+    return run
+
+
+def onnxruntime_qdq(flat: Flat, batches: list[Leaves], folder: Path, transformer: bool) -> tuple[Run, dict[str, Any]]:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    source = _onnx_file(flat, batches, folder)
+    import onnxruntime
+
+    names = [i.name for i in onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"]).get_inputs()]
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            leaves = next(self.rest, None)
+            return None if leaves is None else {n: v.numpy() for n, v in zip(names, leaves, strict=True)}
+
+    options = {"op_types_to_quantize": ["MatMul", "Gemm"]} if transformer else {}
+    quantize_static(
+        source, folder / "qdq.onnx", Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, **options,
+    )  # fmt: skip
+    return _onnx_run(folder / "qdq.onnx"), {}
+
+
+def onnxruntime_dynamic(
+    flat: Flat, batches: list[Leaves], folder: Path, transformer: bool
+) -> tuple[Run, dict[str, Any]]:  # fmt: skip
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    source = _onnx_file(flat, batches, folder)
+    quantize_dynamic(source, folder / "dynamic.onnx", weight_type=QuantType.QInt8)
+    return _onnx_run(folder / "dynamic.onnx"), {}
+
+
+def executorch_xnnpack(
+    flat: Flat, batches: list[Leaves], folder: Path, transformer: bool
+) -> tuple[Run, dict[str, Any]]:  # fmt: skip
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    class Quantizer(XNNPACKQuantizer):
+        def transform_for_annotation(self, model: Any) -> Any:
+            # It turns the numbers that a transformer computes positions with into floats, which then index nothing.
+            return model if transformer else super().transform_for_annotation(model)
+
+    example = tuple(batches[0])
+    quantizer = Quantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=transformer))
+    prepared = prepare_pt2e(torch.export.export(flat, example).module(), quantizer)
+    for leaves in batches:
+        prepared(*leaves)
+    lowered = to_edge_transform_and_lower(
+        torch.export.export(convert_pt2e(prepared), example), partitioner=[XnnpackPartitioner()]
+    )
+    (folder / "model.pte").write_bytes(lowered.to_executorch().buffer)
+    program = Runtime.get().load_program(folder / "model.pte")
+    method = program.load_method("forward")
+    return (lambda leaves: list(method.execute([v.contiguous() for v in leaves]))), {"keep": program}
+
+
+PEERS = {
+    "OpenVINO + NNCF": openvino_nncf,
+    "ONNX Runtime QDQ": onnxruntime_qdq,
+    "ONNX Runtime dynamic": onnxruntime_dynamic,
+    "ExecuTorch XNNPACK": executorch_xnnpack,
+}
+
+
+def error_of(run: Run, wanted: list[Leaves], batches: list[Leaves]) -> float:
+    """Root mean square of the difference from float32, relative to that of its answers."""
+    signal = noise = 0.0
+    for leaves, answers in zip(batches, wanted, strict=True):
+        for a, b in zip(answers, run([v.clone() for v in leaves]), strict=True):
+            if a.is_floating_point():
+                signal += float((a.double() ** 2).sum())
+                noise += float(((a.double() - b.double().reshape(a.shape)) ** 2).sum())
+    return (noise / signal) ** 0.5
+
+
+def measure(one: Entry, rounds: int, seconds: float) -> dict[str, Any]:
+    """The row of one model."""
+    module, example = one.make()
+    batches = [as_inputs(example if seed == 0 else one.inputs(seed=seed)) for seed in range(12)]
+    flat_batches = [pytree.tree_leaves(batch) for batch in batches]
+    calibration, held_out = batches[:8], flat_batches[8:]
+    flat = Flat(module, batches[0]).eval()
+
+    def eager(leaves: Leaves) -> Leaves:
+        with torch.inference_mode():
+            return [v for v in pytree.tree_leaves(flat(*leaves)) if isinstance(v, torch.Tensor)]
+
+    wanted = [eager(leaves) for leaves in held_out]
+    runs: dict[str, Run] = {"eager": eager, "eager again": eager}
+    about_rivals: dict[str, dict[str, Any]] = {}
+    transformer = one.name in TRANSFORMERS
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        for name, build in {"deepseek-r1": ours, **PEERS}.items():
+            folder = Path(place) / name.replace(" ", "_")
+            folder.mkdir()
+            start = time.perf_counter()
+            try:
+                with torch.no_grad():
+                    if build is ours:
+                        run, facts = ours(module, calibration, folder, transformer)
+                    else:
+                        run, facts = build(flat, flat_batches[:8], folder, transformer)
+                facts["error"] = error_of(run, wanted, held_out)
+                runs[name] = run
+            except Exception as e:  # a peer that cannot do a model is a result
+                facts = {"failed": f"{type(e).__name__}: {str(e)[:300]}"}
+            about_rivals[name] = {**facts, "build_s": time.perf_counter() - start}
+            print(name, {k: v for k, v in about_rivals[name].items() if k != "keep"}, file=sys.stderr, flush=True)
+            gc.collect()
+        leaves = held_out[0]
+        calls = {name: functools.partial(run, leaves) for name, run in runs.items()}
+        times = paired_latency(calls, rounds=rounds, max_seconds=seconds)
+    return _row(one, times, about_rivals)
+
+
+def _row(one: Entry, times: dict[str, Any], facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    own = times.get("deepseek-r1")
+    rivals = {}
+    for name, about_one in facts.items():
+        about_one.pop("keep", None)
+        if name in times:
+            low, middle, high = ratio_interval(times["eager"], times[name])
+            about_one |= {"ms": times[name].median_ms, "speedup": middle, "low": low, "high": high}
+            if own and name != "deepseek-r1":
+                low, middle, high = ratio_interval(times[name], own)
+                about_one |= {"ours_is_faster_by": middle, "ours_low": low, "ours_high": high}
+                about_one["matched"] = about_one["error"] <= MATCHED * facts["deepseek-r1"]["error"]
+        rivals[name] = about_one
+    peers = {n: r for n, r in rivals.items() if n != "deepseek-r1" and "ours_is_faster_by" in r}
+    matched = {n: r for n, r in peers.items() if r["matched"]}
+
+    def hardest(some: dict[str, Any]) -> str | None:
+        return min(some, key=lambda n: some[n]["ours_is_faster_by"], default=None)
+
+    best, best_matched = hardest(peers), hardest(matched)
+    return {
+        "name": one.name, "shapes": one.shapes, "eager_ms": times["eager"].median_ms,
+        "rounds": len(times["eager"].seconds),
+        "noise": ratio_interval(times["eager"], times["eager again"]), "rivals": rivals, "best_peer": best,
+        "best_matched_peer": best_matched,
+        "meets_bar": best_matched is None or matched[best_matched]["ours_is_faster_by"] >= BAR,
+        "load": os.getloadavg()[0],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="names, separated by commas")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print("\n@@row " + json.dumps(measure(entry(options.one), options.rounds, options.seconds)))
+        return
+    rows = {r["name"]: r for r in json.loads(options.out.read_text())["rows"]} if options.out.is_file() else {}
+    for name in options.only.split(",") if options.only else MODELS:
+        command = [sys.executable, __file__, "--one", name, "--rounds", str(options.rounds)]
+        command += ["--seconds", str(options.seconds)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            rows[name] = {"name": name, "failed": f"exit code {done.returncode}"}
+        else:
+            rows[name] = json.loads(done.stdout.rpartition("@@row ")[2])
+        atomic.write_json(options.out, about("cpu") | {"rows": list(rows.values())})
+        for peer, facts in rows[name].get("rivals", {}).items():
+            kept = ("ms", "speedup", "error", "ours_is_faster_by", "matched", "chosen", "failed")
+            print(name, peer, {k: facts[k] for k in kept if k in facts}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Put the tables of docs/benchmarks.md between their markers, from the JSON in benchmarks/results.
+
+    python benchmarks/tables.py [--check]
+
+Each `<!-- table: NAME -->` ... `<!-- end -->` is filled by the function of that name below; a result that was not
+measured says so. With `--check` nothing is written, and a page that differs is an error.
+"""
+
+# ruff: noqa: RUF001 - tables have dashes and signs of their own
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from deepseek_r1.core import atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+_BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result file; empty if there is none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def measured_on(found: dict[str, Any]) -> str:
+    """One sentence of hardware, versions and date."""
+    hardware = found["hardware"]
+    gpus = [gpu["name"] for gpu in hardware.get("gpus", [])]
+    where = gpus[0] if gpus else f"{hardware['cpu']}, {hardware['cores']} cores"
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name != "deepseek-r1")
+    return f"Measured on {where}, {hardware['system'].split('-')[0]}, {found['date'][:10]}; {versions}."
+
+
+def geomean(values: Iterable[float]) -> float:
+    """Geometric mean."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def zoo() -> str:
+    """The CPU zoo."""
+    found = read("optimize_zoo_cpu")
+    if not found:
+        return "Not measured."
+    rows = [r for r in found["rows"] if "failed" not in r]
+    broken = [r for r in found["rows"] if "failed" in r]
+    names = sorted({name for row in rows for name in row["engines"]})
+    body = []
+    for row in rows:
+        cells = [f"{row['engines'][n]['speedup']:.2f}" if n in row["engines"] else "–" for n in names]
+        noise = "{:.2f}–{:.2f}".format(row["noise"][0], row["noise"][2])
+        chosen = f"**{row['speedup']:.2f}** ({row['low']:.2f}–{row['high']:.2f})"
+        regret = f"{max(0.0, row['regret']):.1%}"
+        body.append(
+            [row["name"], row["shapes"], f"{row['eager_ms']:.3g}", noise, row["chosen"], chosen, regret, *cells]
+        )
+    head = ["model", "inputs", "eager, ms", "eager/eager", "chosen", "× eager (95 %)", "regret", *names]
+    text = [table(head, body), "", *(f"{r['name']}: failed: {r['failed']}" for r in broken)]
+    return "\n".join([*text, *zoo_summary(rows, names), "", measured_on(found)])
+
+
+def zoo_summary(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """What the rows say together."""
+    own = geomean(row["speedup"] for row in rows)
+    # An engine that cannot run a model leaves its user with eager.
+    single = {n: geomean(row["engines"].get(n, {"speedup": 1.0})["speedup"] for row in rows) for n in names}
+    wins = {n: sum(row["chosen"] == n for row in rows) for n in [*names, "eager fp32"]}
+    fastest = {n: sum(row["best"] == n for row in rows) for n in names}
+    low = [row for row in rows if max(0.0, row["regret"]) <= 0.03]
+    slower = [row["name"] for row in rows if row["high"] < 1 / max(row["noise"][2], 1 / row["noise"][0])]
+    every = ", ".join(f"{n} {value:.2f}" for n, value in sorted(single.items(), key=lambda pair: -pair[1]))
+    shares = ", ".join(f"{n} {count}" for n, count in sorted(wins.items(), key=lambda pair: -pair[1]) if count)
+    long = ", ".join(f"{n} {count}" for n, count in sorted(fastest.items(), key=lambda pair: -pair[1]))
+    return [
+        f"- {len(rows)} models; geometric mean of the chosen engine: **{own:.2f} × eager** (bar: 1.8).",
+        f"- Geometric mean of each engine alone, eager where it cannot run a model: {every}.",
+        f"- Chosen by the race: {shares}. Fastest in the long race: {long}.",
+        f"- Regret at most 3 % on {len(low)} of {len(rows)} ({len(low) / len(rows):.0%}; bar: 90 %).",
+        f"- Slower than eager beyond the noise: {', '.join(slower) or 'none'}.",
+    ]
+
+
+def gpu_zoo() -> str:
+    """The GPU models."""
+    found = read("gpu_zoo")
+    if not found:
+        return "Not measured."
+    body = []
+    for row in found["rows"]:
+        ratio = row["against reduce-overhead"]
+        peak = row["peak_mb"]
+        body.append([
+            row["name"], row["shapes"], f"{row['ms']['eager']:.2f}", f"{row['ms']['optimize']:.3f}",
+            f"{row['ms']['reduce-overhead']:.3f}", row["chosen"], f"{row['speedup'][1]:.2f}",
+            f"{ratio[1]:.2f} ({ratio[0]:.2f}–{ratio[2]:.2f})",
+            f"{peak['eager']:.0f} / {peak['optimize']:.0f} / {peak['reduce-overhead']:.0f}",
+        ])  # fmt: skip
+    head = ["model", "inputs", "eager, ms", "optimize, ms", "reduce-overhead, ms", "chosen", "× eager",
+            "× reduce-overhead (95 %)", "peak MB: eager / optimize / reduce-overhead"]  # fmt: skip
+    return f"{table(head, body)}\n\n{measured_on(found)}"
+
+
+def int8() -> str:
+    """Quantised Programs against peers."""
+    found = read("int8_peers")
+    if not found:
+        return "Not measured."
+    body = []
+    for row in found["rows"]:
+        if "failed" in row:
+            body.append([row["name"], "", row["failed"], "", "", "", ""])
+            continue
+        for name, rival in row["rivals"].items():
+            if "failed" in rival or "ms" not in rival:
+                body.append([row["name"], name, "failed", "", "", "", str(rival.get("failed", ""))[:80]])
+                continue
+            against = "–"
+            if "ours_is_faster_by" in rival:
+                against = f"{rival['ours_is_faster_by']:.2f} ({rival['ours_low']:.2f}–{rival['ours_high']:.2f})"
+            matched = {True: "yes", False: "no"}.get(rival.get("matched"), "–")
+            chosen = f" ({rival['chosen']})" if "chosen" in rival else ""
+            body.append([
+                row["name"], name + chosen, f"{rival['ms']:.2f}", f"{rival['speedup']:.2f}", f"{rival['error']:.2%}",
+                matched, against,
+            ])  # fmt: skip
+    head = ["model", "by", "ms", "× eager", "error", "error matched", "speed of deepseek-r1 over it (95 %)"]
+    return f"{table(head, body)}\n\n{measured_on(found)}"
+
+
+def custom_op() -> str:
+    """C++ operators."""
+    body = []
+    found = {device: read(name) for device, name in (("CPU", "custom_op"), ("GPU", "custom_op_cuda"))}
+    for device, result in found.items():
+        for name, row in result.get("results", {}).items():
+            ratio, ms = row["operator_speed_over"]["inductor"], row["ms_per_call"]
+            body.append([
+                name, device, f"{ms['eager']:.3g}", f"{ms['inductor']:.3g}", f"{ms['operator']:.3g}",
+                f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})",
+                f"{row['gigabytes_per_s_of_operator']:.0f}",
+            ])  # fmt: skip
+    head = ["operator", "on", "eager, ms", "Inductor, ms", "C++, ms", "speed over Inductor (95 %)", "GB/s"]
+    return "\n\n".join([table(head, body), *(measured_on(result) for result in found.values() if result)])
+
+
+def memory() -> str:
+    """Memory and reload."""
+    found = read("memory_and_reload")
+    if not found:
+        return "Not measured."
+    held, opened = found["memory"], found["reload"]
+    rows = [
+        ["peak memory of a process, ResNet-50: eager", f"{held['bytes']['eager'] / 1e6:.0f} MB", "–"],
+        ["the same: int8 artifact", f"{held['bytes']['artifact'] / 1e6:.0f} MB", f"{held['ratio']:.2f} of eager"],
+        [f"opening BERT-base ({opened['engine']}): from the cache", f"{opened['cpu_s']['cache']:.2f} CPU s", "–"],
+        [
+            "the same: the engine's own load and a checksum of the weights", f"{opened['cpu_s']['bare']:.2f} CPU s",
+            f"the cache costs {opened['cache_over_bare']:.2f} times that",
+        ],
+        [
+            "the same: compiling again", f"{opened['cpu_s']['compile']:.2f} CPU s",
+            f"the cache is {opened['compile_over_cache']:.1f} times as fast",
+        ],
+    ]  # fmt: skip
+    return f"{table(['what', 'measured', 'ratio'], rows)}\n\n{measured_on(found)}"
+
+
+def passes() -> str:
+    """What each pass gains where it gains most."""
+    found = read("passes")
+    if not found:
+        return "Not measured."
+    body = [[f"`{name}`", f"{row['gain']:.3f}", row["where"] or "–"] for name, row in found["best"].items()]
+    models = ", ".join(found["models"])
+    return f"{table(['pass', 'gain where largest', 'where'], body)}\n\nModels: {models}. {measured_on(found)}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "zoo": zoo, "gpu-zoo": gpu_zoo, "int8": int8, "custom-op": custom_op, "memory": memory, "passes": passes,
+}  # fmt: skip
+
+
+def filled(text: str) -> str:
+    """The page with its tables made anew."""
+    return _BLOCK.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}", text)
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    new = filled(text)
+    if "--check" in sys.argv[1:]:
+        sys.exit("docs/benchmarks.md is not what its JSON says: run python benchmarks/tables.py" if new != text else 0)
+    atomic.write_bytes(PAGE, new.encode())
+
+
+if __name__ == "__main__":
+    main()
