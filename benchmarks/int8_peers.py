@@ -125,14 +125,7 @@ def _onnx_run(path: Path) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    providers = ["CPUExecutionProvider"]
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
-    except onnxruntime.capi.onnxruntime_pybind11_state.Fail as e:
-        # This optimizer may add one quantised bias twice (as of 1.30), which ends in an error.
-        print(f"without one optimizer: {str(e)[-100:]}", file=sys.stderr)
-        off = ["WeightBiasQuantization"]
-        session = onnxruntime.InferenceSession(path, options, providers=providers, disabled_optimizers=off)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
 
     def run(leaves: Leaves) -> Leaves:
@@ -143,16 +136,17 @@ def _onnx_run(path: Path) -> Run:
 
 
 def _prepared(source: Path) -> Path:
-    """The file after ONNX Runtime's own preparation for quantisation, or itself where that fails."""
+    """The file after ONNX Runtime's own preparation for quantisation."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     ready = source.with_name("ready.onnx")
     try:
         quant_pre_process(source, ready, skip_symbolic_shape=True)
-        return ready
-    except Exception as e:
-        print(f"quant_pre_process failed: {str(e)[:200]}", file=sys.stderr)
-        return source
+        _onnx_run(ready)
+    except Exception as e:  # its optimizer may add one tensor twice (as of 1.30)
+        print(f"quant_pre_process without optimization: {str(e)[-100:]}", file=sys.stderr)
+        quant_pre_process(source, ready, skip_symbolic_shape=True, skip_optimization=True)
+    return ready
 
 
 def onnxruntime_qdq(flat: Flat, batches: list[Leaves], folder: Path, transformer: bool) -> tuple[Run, dict[str, Any]]:

@@ -32,8 +32,8 @@ def _every_verb(
 ) -> None:
     """Take a PyTorch module all the way: train, compress, make static, ship and check.
 
-    A MODEL is file.py:factory, an .onnx, .pt2 or .dr1 file, or an artifact's folder. Data is a folder of images by
-    class, an .npz, .csv or .jsonl file, file.py:loader, or the word digits.
+    A MODEL is file.py:factory, an .onnx, .pt2, .dr1, .keras or .h5 file, or the folder of an artifact or a SavedModel.
+    Data is a folder of images by class, an .npz, .csv or .jsonl file, file.py:loader, or the word digits.
 
     Exit codes: 0 done, 1 a check failed, 2 wrong use.
     """

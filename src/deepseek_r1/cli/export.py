@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..core import Report
-from ._frame import Html, Json, Seed, verb
-from ._options import BatchSize, Data, ImageSize, InputDtype, InputShape, Model, Weights
+from ._frame import Html, Json, verb
+from ._options import opens_model
+
+if TYPE_CHECKING:
+    from ._inputs import Opened
 
 
 @verb(endings=(".onnx", ""))
+@opens_model(batch_size=32)
 def export(
-    model: Model,
+    opened: Opened,
     out: Annotated[Path, typer.Option(help="An .onnx file, or a folder for an artifact.")],
-    weights: Weights = None,
-    data: Data = None,
-    input_shape: InputShape = None,
-    input_dtype: InputDtype = None,
-    batch_size: BatchSize = 32,
-    image_size: ImageSize = None,
-    seed: Seed = 0,
     json: Json = None,
     html: Html = None,
 ) -> Report:
@@ -31,19 +28,7 @@ def export(
     Its answers in the target's own runtime are compared with the original's; nothing is written if they differ.
     """
     from ..deploy import export as run
-    from ._inputs import needs_inputs, open_inputs
 
-    opened = open_inputs(
-        model,
-        weights=weights,
-        data=data,
-        batch_size=batch_size,
-        image_size=image_size,
-        input_shape=input_shape,
-        input_dtype=input_dtype,
-        seed=seed,
-    )
-    needs_inputs(opened)
     report = run(opened.model, out, **opened.for_artifact())
     report.note(f"wrote {out}")
     return report

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..core import Report
-from ._frame import Html, Json, Seed, verb, with_sections
-from ._options import BatchSize, Data, ImageSize, InputDtype, InputShape, Model, Weights
+from ._frame import Html, Json, verb, with_sections
+from ._options import opens_model
+
+if TYPE_CHECKING:
+    from ._inputs import Opened
 
 
 @verb(with_sections, endings=(".onnx", ""))
+@opens_model(batch_size=32)
 def optimize(
-    model: Model,
+    opened: Opened,
     out: Annotated[Path, typer.Option(help="Folder for the artifact of the winner.")],
-    weights: Weights = None,
-    data: Data = None,
-    input_shape: InputShape = None,
-    input_dtype: InputDtype = None,
     accuracy_drop: Annotated[
         float | None, typer.Option(help="Largest loss of accuracy; 0.005 is half a point.")
     ] = None,
@@ -27,9 +27,6 @@ def optimize(
     size_mb: Annotated[float | None, typer.Option(help="Largest size of the weights.")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="Largest peak memory.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Race anew, and remember nothing.")] = False,
-    batch_size: BatchSize = 32,
-    image_size: ImageSize = None,
-    seed: Seed = 0,
     json: Json = None,
     html: Html = None,
 ) -> Report:
@@ -41,20 +38,8 @@ def optimize(
     from ..deploy import ARTIFACT_ENGINE, export
     from ..engines import RaceConfig
     from ..engines import optimize as run
-    from ._inputs import needs_inputs, open_inputs
 
     budget = Budget(accuracy_drop=accuracy_drop, latency_ms=latency_ms, size_mb=size_mb, memory_gb=memory_gb)
-    opened = open_inputs(
-        model,
-        weights=weights,
-        data=data,
-        batch_size=batch_size,
-        image_size=image_size,
-        input_shape=input_shape,
-        input_dtype=input_dtype,
-        seed=seed,
-    )
-    needs_inputs(opened)
     # The winner is chosen on the validation part: the test part is for the last measurement only.
     choose = opened.part("val", "train")
     race = RaceConfig(cache=not no_cache)

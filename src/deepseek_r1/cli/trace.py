@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..core import Report
-from ._frame import Json, Seed, verb
-from ._options import BatchSize, Data, ImageSize, InputDtype, InputShape, Model, Weights
+from ._frame import Json, verb
+from ._options import opens_model
+
+if TYPE_CHECKING:
+    from ._inputs import Opened
 
 
 @verb(endings=(".html", ".svg", ".json", ".txt"))
+@opens_model(batch_size=1)
 def trace(
-    model: Model,
+    opened: Opened,
     out: Annotated[Path, typer.Option(help="A file: .html is the page, .svg a picture, .txt a table, .json the data.")],
-    weights: Weights = None,
-    data: Data = None,
-    input_shape: InputShape = None,
-    input_dtype: InputDtype = None,
-    batch_size: BatchSize = 1,
-    image_size: ImageSize = None,
-    seed: Seed = 0,
     json: Json = None,
 ) -> Report:
     """Draw a model: operators, shapes, FLOPs, bytes, time and source lines.
@@ -31,19 +28,7 @@ def trace(
     """
     from ..data import unpack_batch
     from ..graph import trace as run
-    from ._inputs import needs_inputs, open_inputs
 
-    opened = open_inputs(
-        model,
-        weights=weights,
-        data=data,
-        batch_size=batch_size,
-        image_size=image_size,
-        input_shape=input_shape,
-        input_dtype=input_dtype,
-        seed=seed,
-    )
-    needs_inputs(opened)
     inputs: Any = opened.example_inputs
     loader = opened.part("val", "train", "test")
     if loader is not None:
