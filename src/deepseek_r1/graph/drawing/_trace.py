@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from ...core import ConfigError, InputError
-from .._capture import as_inputs, capture
+from .._capture import as_inputs, capture_as_is, evaluation
 from ..program import Program
 from ..quiet import quiet_torch
 from ._drawing import Drawing
@@ -33,7 +33,8 @@ def trace(
     """Capture a model, run it operator by operator, and give the graph as an object that draws itself.
 
     Each operator's time is the median over the rounds, of the eager operator: engines fuse operators, so the same
-    graph on an engine spends its time elsewhere. The model and its buffers are left as they were.
+    graph on an engine spends its time elsewhere. The model and its buffers are left as they were. Nobody computes with
+    a drawing, so its graph is not compared with the module; `trace(capture(model, inputs))` draws one that was.
 
     Args:
         model: a module, or a Program.
@@ -94,9 +95,10 @@ def _captured(
         raise InputError(f"trace needs a torch.nn.Module or a Program, given {type(model).__name__}.")
     if inputs is None:
         raise InputError(f"trace({type(model).__name__}) needs inputs: a tensor, a tuple, or a dict of keyword inputs.")
-    program = capture(model, inputs, dynamic_shapes=dynamic_shapes, name=name)
-    notes = [f"{what}: {why}" for what, why in program.report.skipped]
     args, kwargs = as_inputs(inputs)
+    with evaluation(model):
+        program = capture_as_is(model, args, kwargs, dynamic_shapes=dynamic_shapes, name=name, verify=False)
+    notes = [f"{what}: {why}" for what, why in program.report.skipped]
     if program.misfit(args, kwargs):
         # A batch of 1 is doubled for the capture, and this model then keeps to 2.
         args, kwargs = program.example_inputs
