@@ -8,8 +8,9 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from deepseek_r1.core import UnsupportedOpError
-from deepseek_r1.engines import ENGINES, compile_program, to_onnx
+from deepseek_r1 import deploy, runtime
+from deepseek_r1.core import Report, UnsupportedOpError
+from deepseek_r1.engines import ENGINES, Executable, compile_program, to_onnx
 from deepseek_r1.engines._onnx import retarget
 from deepseek_r1.graph import capture
 from deepseek_r1.models import DigitsNet
@@ -192,3 +193,56 @@ def test_engines_that_unroll_recurrent_layers_take_a_fixed_length_only(name):
     engine, net, x = ENGINES.get(name)(), torch.nn.GRU(3, 5, batch_first=True).eval(), torch.randn(2, 6, 3)
     assert "runs over a length that varies" in engine.unsupported(capture(net, x))
     assert engine.unsupported(capture(net, x, dynamic_shapes={"input": {0: "batch"}})) == ""
+
+
+class Words(nn.Module):
+    """Two linear layers that read one value, one behind them without a bias, and one on rows only."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(8, 32), nn.Linear(8, 32), nn.Linear(32, 8, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = x + self.down(self.up(x) * torch.sigmoid(self.gate(x)))
+        return self.head((y + x).mean(1))
+
+
+@pytest.fixture(scope="module")
+def words():
+    torch.manual_seed(0)
+    return quantize(Words(), dataset=[torch.randn(16, 5, 8)])
+
+
+def test_activations_that_are_quantised_at_run_time(words):
+    model = to_onnx(words, precision="int8-dynamic")
+    onnx.checker.check_model(model)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("MatMulInteger") == 4
+    assert kinds.count("DynamicQuantizeLinear") == 3, "two layers share one"
+    assert not {"QuantizeLinear", "DequantizeLinear", "MatMul", "Gemm"} & set(kinds)
+    assert not any("dequantize" in i.name for i in model.graph.initializer)
+    engine = ENGINES.get("onnxruntime")()
+    assert engine.precisions(words) == ["int8", "int8-dynamic"]
+    assert engine.precisions(words.parent) == ["fp32"]
+    x = torch.randn(7, 9, 8)
+    wanted = words.parent(x).detach()
+    static, dynamic = (compile_program(engine, words, p)([x])[0] for p in engine.precisions(words))
+    errors = [float((y - wanted).norm() / wanted.norm()) for y in (static, dynamic)]
+    assert errors[1] < errors[0] < 0.2
+
+
+def test_convolutions_keep_their_fixed_ranges(quantised):
+    assert ENGINES.get("onnxruntime")().precisions(quantised) == ["int8"]
+
+
+def test_the_run_time_form_is_what_is_shipped(words, tmp_path):
+    engine = ENGINES.get("onnxruntime")()
+    fast = Executable(
+        words, "onnxruntime", compile_program(engine, words, "int8-dynamic"), Report("fast"), precision="int8-dynamic"
+    )
+    deploy.export(fast, tmp_path / "words")
+    shipped = runtime.load(tmp_path / "words")
+    assert shipped.manifest.precision == "int8-dynamic"
+    x = torch.randn(3, 5, 8)
+    np.testing.assert_allclose(shipped(x.numpy()), fast(x).numpy(), atol=1e-6)

@@ -27,13 +27,13 @@ class ArtifactTarget:
             raise ArtifactError(f"{job.path} is a file; an Artifact is a directory. Give another path.")
         with tempfile.TemporaryDirectory(prefix="deepseek-r1-") as folder:
             model = Path(folder) / MODEL_FILE
-            write_model(job.program, model)
+            write_model(job.program, model, job.precision)
             check_model(job, model, report)
             inputs, outputs = specs(model)
             manifest = Manifest(
                 name=job.name,
                 engine=ARTIFACT_ENGINE,
-                precision=job.program.precision,
+                precision=job.precision,
                 model_file=MODEL_FILE,
                 inputs=inputs,
                 outputs=outputs,

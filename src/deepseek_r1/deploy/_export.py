@@ -23,6 +23,9 @@ from .base import TARGETS, Job
 _BATCHES = 256
 
 
+_ONNX = "onnxruntime"
+
+
 def export(
     model: torch.nn.Module | Program | Executable,
     path: str | os.PathLike[str],
@@ -72,6 +75,8 @@ def export(
     args, kwargs = as_inputs(example_inputs) if example_inputs is not None else program.example_inputs
     job = Job(
         program=program,
+        # ONNX Runtime's own variant of the program is what its files then hold; other engines have other files.
+        precision=model.precision if isinstance(model, Executable) and model.engine == _ONNX else program.precision,
         path=destination,
         name=name or program.name,
         batches=[_flat((args, kwargs, None), program), *flat],

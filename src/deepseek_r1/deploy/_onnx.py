@@ -35,13 +35,13 @@ class OnnxTarget:
     def write(self, job: Job, report: Report) -> None:
         """Write, check, keep."""
         with atomic.atomic_path(job.path) as tmp:
-            write_model(job.program, tmp)
+            write_model(job.program, tmp, job.precision)
             check_model(job, tmp, report)
 
 
-def write_model(program: Program, path: Path) -> None:
+def write_model(program: Program, path: Path, precision: str) -> None:
     """Write the ONNX file, checked against the ONNX specification."""
-    model = to_onnx(program)
+    model = to_onnx(program, precision=precision)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
 

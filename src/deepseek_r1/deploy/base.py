@@ -16,6 +16,7 @@ class Job:
     """One export.
 
     Attributes:
+        precision: what the files compute in: the program's own, or another one that an engine was chosen with.
         batches: (flat inputs, labels or None) on which the files are checked; the first are the example inputs.
         labels: class names, or None.
         preprocessing: steps from raw data to model input, see `runtime.preprocess`.
@@ -23,6 +24,7 @@ class Job:
     """
 
     program: Program
+    precision: str
     path: Path
     name: str
     batches: list[tuple[list[Any], Any]]

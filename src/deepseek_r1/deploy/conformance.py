@@ -87,7 +87,14 @@ class _Liar(Program):
 def _job(program: Program, path: Path) -> Job:
     leaves = pytree.tree_leaves(program.example_inputs)
     return Job(
-        program=program, path=path, name=program.name, batches=[(leaves, None)], labels=None, preprocessing=(), extra={}
+        program=program,
+        precision=program.precision,
+        path=path,
+        name=program.name,
+        batches=[(leaves, None)],
+        labels=None,
+        preprocessing=(),
+        extra={},
     )
 
 

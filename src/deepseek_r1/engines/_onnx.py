@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from ..core import UnsupportedOpError
 from ..graph import Program, recurrent_shapes
 from ..graph.quiet import quiet_torch
+from ._onnx_dynamic import INT8_DYNAMIC, quantize_dynamically
 
 #: One above the 2 GiB that a single protobuf message can hold is refused; larger models need external data.
 _LIMIT_BYTES = 2 * 10**9
@@ -24,13 +25,15 @@ def needs_external_data(program: Program) -> bool:
     return program.parameters_bytes > _LIMIT_BYTES
 
 
-def to_onnx(program: Program, *, external_data: bool = False) -> onnx.ModelProto:
+def to_onnx(program: Program, *, external_data: bool = False, precision: str | None = None) -> onnx.ModelProto:
     """The program in ONNX (opset 20), inputs named as in the graph, outputs `output` or `output_0`, `output_1`, ...
 
     Quantised programs get the form that ONNX Runtime fuses, see `retarget`.
 
     Args:
         external_data: take models of any size; the caller writes their weights to a file of their own.
+        precision: "int8-dynamic" for products whose activations are quantised at run time, see `_onnx_dynamic`; else
+            the program's own.
 
     Raises:
         UnsupportedOpError: an operator has no ONNX form, or the model is larger than one file may be.
@@ -55,6 +58,8 @@ def to_onnx(program: Program, *, external_data: bool = False) -> onnx.ModelProto
     except Exception as e:  # the exporter has a class of its own for each stage
         raise UnsupportedOpError(f"{program.name!r} has no ONNX form: {_reason(e)}") from e
     _tidy(model, program)
+    if precision == INT8_DYNAMIC:
+        quantize_dynamically(model)
     retarget(model)
     return model
 

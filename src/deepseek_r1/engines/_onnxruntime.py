@@ -16,6 +16,7 @@ import torch
 from ..graph import Program
 from ..runtime import RUNTIMES
 from . import _session
+from ._onnx_dynamic import INT8_DYNAMIC
 from .base import Engine, Runner
 
 _INTEGER_KERNELS = frozenset(
@@ -38,9 +39,13 @@ class OnnxRuntimeEngine(Engine):
         """CPU tensors only, of types that numpy has."""
         return _session.unsupported(program)
 
+    def precisions(self, program: Program) -> list[str]:
+        """For a quantised program without convolutions also with activations quantised at run time."""
+        return [program.precision, *([INT8_DYNAMIC] if _is_all_linear(program) else [])]
+
     def build(self, program: Program, folder: Path, precision: str) -> None:
         """Export to ONNX."""
-        _session.write_model(program, folder)
+        _session.write_model(program, folder, precision)
 
     def open(self, folder: Path, program: Callable[[], Program]) -> Runner:
         """Open a session."""
@@ -54,3 +59,9 @@ class OnnxRuntimeEngine(Engine):
             RUNTIMES.get("onnxruntime")(folder / _session.MODEL, write_optimised=optimised)
             nodes = onnx.load(optimised, load_external_data=False).graph.node
         return sum(node.op_type in _INTEGER_KERNELS for node in nodes)
+
+
+def _is_all_linear(program: Program) -> bool:
+    """Whether it is quantised, and in linear layers only."""
+    stored = [n for n in program.exported.graph.nodes if "dequantize_per_channel" in str(n.target)]
+    return bool(stored) and all(user.target is torch.ops.aten.linear.default for n in stored for user in n.users)

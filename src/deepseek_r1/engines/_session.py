@@ -33,9 +33,9 @@ def unsupported(program: Program) -> str:
     return not_on_the_cpu(program) or changes_state(program)
 
 
-def write_model(program: Program, folder: Path) -> Path:
+def write_model(program: Program, folder: Path, precision: str | None = None) -> Path:
     """Write the ONNX model and which of the program's inputs it takes; returns the model's path."""
-    model = to_onnx(program, external_data=True)
+    model = to_onnx(program, external_data=True, precision=precision)
     # The exporter drops inputs that no operator reads.
     names = [i.name for i in model.graph.input]
     positions = [program.input_names().index(name) for name in names]

@@ -44,7 +44,8 @@ class Engine(ABC):
         return ""
 
     def precisions(self, program: Program) -> list[str]:
-        """Precisions it can compute this program in, names of `core.formats.PRECISIONS`; the program's own first."""
+        """Precisions it can compute this program in, the program's own first: names of `core.formats.PRECISIONS`,
+        or "int8-dynamic" for a quantised program whose activations are quantised at run time instead."""
         return [program.precision]
 
     @abstractmethod
