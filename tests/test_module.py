@@ -29,7 +29,7 @@ class Mine(DSModule):
 @pytest.mark.parametrize("make", [Mine, lambda: DSModule.from_torch(nn.Linear(4, 2))])
 def test_the_verbs_and_their_report(make, tmp_path):
     net = make()
-    fast = net.optimize(example_inputs=X)
+    fast = net.optimize(example_inputs=X, engines=["onnxruntime"])
     assert net.report is fast.report
     torch.testing.assert_close(fast(X), net(X))
     report = net.export(tmp_path / "net.onnx", example_inputs=X)
