@@ -2,10 +2,11 @@
 
     python benchmarks/passes.py [--models bert_base,unet] [--engines eager,onnxruntime] [--rounds 40] [--seconds 20]
 
-For each architecture all passes are run once. For each pass that changed something, the program without that pass and
-the program with all of them are compiled by each engine and timed in turns, and so is the plain program against the
-simplified one. The program with all passes runs under a second name as well: how far it is from itself is what the
-method can tell. A pass that gains less than 3 % everywhere is named at the end; it should be deleted.
+For each architecture all passes are run once, and the plain program and the simplified one are compiled by each engine
+and timed in turns. Where all passes together may gain 3 %, the program without each pass that changed something is
+compiled and timed as well; where they gain less, none of them does. The program with all passes runs under a second
+name: how far it is from itself is what the method can tell. A pass that gains less than 3 % everywhere is named at the
+end; it should be deleted.
 
 One model at a time is held in memory. Writes benchmarks/results/passes.json after each model, so that a run that was
 broken off is not lost; `--resume` leaves out models that the file has.
@@ -17,7 +18,7 @@ import argparse
 import datetime
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +69,35 @@ def call_of(engine: str, program: Program, leaves: list[Any]) -> Callable[[], ob
 def measure(engine: str, made: dict[str, Program], leaves: list[Any], rounds: int, seconds: float) -> dict[str, Any]:
     """Gain of each pass on one engine: time without it over time with all passes."""
     calls: dict[str, Callable[[], object]] = {}
-    failed = {}
-    for name, program in made.items():
-        try:
-            calls[name] = call_of(engine, program, leaves)
-        except Exception as e:  # an engine may refuse in any way; that is a result
-            failed[name] = f"{type(e).__name__}: {str(e)[:200]}"
+    failed: dict[str, str] = {}
+
+    def build(names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                calls[name] = call_of(engine, made[name], leaves)
+            except Exception as e:  # an engine may refuse in any way; that is a result
+                failed[name] = f"{type(e).__name__}: {str(e)[:200]}"
+
+    build(["plain", "all"])
     if "all" not in calls:
         return {"failed": failed}
     calls["all again"] = calls["all"]
+    found = timed(calls, rounds, seconds)
+    if "plain" in failed or found["gains"]["plain"]["high"] >= WORTH:
+        build([name for name in made if name.startswith("without ")])
+        found = timed(calls, rounds, seconds)
+    return {**found, "failed": failed}
+
+
+def timed(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, Any]:
+    """Median times, and how much slower than with all passes each call is."""
     times = paired_latency(calls, rounds=rounds, max_seconds=seconds)
     gains = {}
     for name in times:
         if name != "all":
             low, middle, high = ratio_interval(times[name], times["all"])
             gains[name] = {"gain": middle, "low": low, "high": high}
-    return {"ms": {name: t.median_ms for name, t in times.items()}, "gains": gains, "failed": failed}
+    return {"ms": {name: t.median_ms for name, t in times.items()}, "gains": gains}
 
 
 def one_model(entry: Entry, engines: list[str], rounds: int, seconds: float, small: bool) -> dict[str, Any]:
