@@ -39,7 +39,9 @@ from deepseek_r1.graph import as_inputs, capture, float64_module, simplify, to_f
 from deepseek_r1.measure import paired_turns, ratio_interval, turn_of
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "executorch", "transformers", "triton")
+PACKAGES = (
+    "torch", "onnx", "onnxscript", "onnxruntime", "openvino", "executorch", "nncf", "torchao", "transformers", "triton",
+)  # fmt: skip
 
 
 def plain_call(module: torch.nn.Module, args: tuple, kwargs: dict):
@@ -119,7 +121,8 @@ def _row(one: Entry, winner: str, long: dict, report: Report) -> dict:
         "eager_ms": eager.median_ms, "rounds": len(eager.seconds), "noise": noise,
         "engines": {n: {"speedup": s[1], "low": s[0], "high": s[2], "ms": medians[n]} for n, s in speedups.items()},
         "chosen": winner, "speedup": speedups[chosen][1] if chosen in speedups else 1.0,
-        "low": speedups[chosen][0] if chosen in speedups else 1.0, "best": best,
+        "low": speedups[chosen][0] if chosen in speedups else 1.0,
+        "high": speedups[chosen][2] if chosen in speedups else 1.0, "best": best,
         "regret": regret[1], "regret_low": regret[0], "regret_high": regret[2],
         "skipped": dict(report.skipped), "notes": list(report.notes), "load": os.getloadavg()[0],
     }  # fmt: skip

@@ -3,10 +3,10 @@
     python benchmarks/passes.py [--models bert_base,unet] [--engines eager,onnxruntime] [--rounds 40] [--seconds 20]
 
 For each architecture all passes are run once, and the plain program and the simplified one are compiled by each engine
-and timed in turns. Where all passes together may gain 3 %, the program without each pass that changed something is
-compiled and timed as well; where they gain less, none of them does. The program with all passes runs under a second
-name: how far it is from itself is what the method can tell. A pass that gains less than 3 % everywhere is named at the
-end; it should be deleted.
+and timed in turns. Where all passes together change 3 % or may do so, either way, the program without each pass that
+changed something is compiled and timed as well. (Where they do not, one pass could still gain what another loses; that
+is not looked for.) The program with all passes runs under a second name: how far it is from itself is what the method
+can tell. A pass that gains less than 3 % everywhere is named at the end; it should be deleted.
 
 One model at a time is held in memory. Writes benchmarks/results/passes.json after each model, so that a run that was
 broken off is not lost; `--resume` leaves out models that the file has.
@@ -83,7 +83,8 @@ def measure(engine: str, made: dict[str, Program], leaves: list[Any], rounds: in
         return {"failed": failed}
     calls["all again"] = calls["all"]
     found = timed(calls, rounds, seconds)
-    if "plain" in failed or found["gains"]["plain"]["high"] >= WORTH:
+    gain = found["gains"].get("plain")
+    if gain is None or gain["high"] >= WORTH or gain["low"] <= 1 / WORTH:
         build([name for name in made if name.startswith("without ")])
         found = timed(calls, rounds, seconds)
     return {**found, "failed": failed}
@@ -132,12 +133,14 @@ def main() -> None:
     parser.add_argument("--models", default="", help="names of the zoo, by commas; all by default")
     parser.add_argument("--engines", default="", help="names of engines, by commas; all but null by default")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--seconds", type=float, default=20.0, help="at most this long for one model and engine")
+    parser.add_argument("--seconds", type=float, default=20.0, help="at most this long for one comparison")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="the zoo's small variants, to try the script")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
+    if args.small and args.out == RESULT:
+        parser.error("--small needs --out: small variants are no results")
     torch.set_num_threads(args.threads)
     wanted = args.models.split(",") if args.models else [entry.name for entry in ENTRIES]
     engines = args.engines.split(",") if args.engines else [name for name in ENGINES.names() if name != "null"]

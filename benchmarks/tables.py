@@ -53,6 +53,11 @@ def geomean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
+def high(row: dict[str, Any]) -> float:
+    """Upper end of the chosen engine's interval; 1 for eager itself."""
+    return float(row["engines"].get(row["chosen"], {}).get("high", 1.0))
+
+
 def zoo() -> str:
     """The CPU zoo."""
     found = read("optimize_zoo_cpu")
@@ -65,7 +70,7 @@ def zoo() -> str:
     for row in rows:
         cells = [f"{row['engines'][n]['speedup']:.2f}" if n in row["engines"] else "–" for n in names]
         noise = "{:.2f}–{:.2f}".format(row["noise"][0], row["noise"][2])
-        chosen = f"**{row['speedup']:.2f}** ({row['low']:.2f}–{row['high']:.2f})"
+        chosen = f"**{row['speedup']:.2f}** ({row['low']:.2f}–{high(row):.2f})"
         regret = f"{max(0.0, row['regret']):.1%}"
         body.append(
             [row["name"], row["shapes"], f"{row['eager_ms']:.3g}", noise, row["chosen"], chosen, regret, *cells]
@@ -81,12 +86,12 @@ def zoo_summary(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
     # An engine that cannot run a model leaves its user with eager.
     single = {n: geomean(row["engines"].get(n, {"speedup": 1.0})["speedup"] for row in rows) for n in names}
     wins = {n: sum(row["chosen"] == n for row in rows) for n in [*names, "eager fp32"]}
-    fastest = {n: sum(row["best"] == n for row in rows) for n in names}
+    fastest = {n: sum(row["best"] == n for row in rows) for n in [*names, "eager"]}
     low = [row for row in rows if max(0.0, row["regret"]) <= 0.03]
-    slower = [row["name"] for row in rows if row["high"] < 1 / max(row["noise"][2], 1 / row["noise"][0])]
+    slower = [row["name"] for row in rows if high(row) < 1 / max(row["noise"][2], 1 / row["noise"][0])]
     every = ", ".join(f"{n} {value:.2f}" for n, value in sorted(single.items(), key=lambda pair: -pair[1]))
     shares = ", ".join(f"{n} {count}" for n, count in sorted(wins.items(), key=lambda pair: -pair[1]) if count)
-    long = ", ".join(f"{n} {count}" for n, count in sorted(fastest.items(), key=lambda pair: -pair[1]))
+    long = ", ".join(f"{n} {count}" for n, count in sorted(fastest.items(), key=lambda pair: -pair[1]) if count)
     return [
         f"- {len(rows)} models; geometric mean of the chosen engine: **{own:.2f} × eager** (bar: 1.8).",
         f"- Geometric mean of each engine alone, eager where it cannot run a model: {every}.",

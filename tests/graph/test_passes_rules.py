@@ -477,6 +477,15 @@ def test_products_with_a_constant_are_linear_layers(function, views):
     torch.testing.assert_close(after(x), program(x))
 
 
+def test_a_matrix_that_is_used_twice_is_kept_once():
+    def function(m, x):
+        return torch.tanh(torch.tanh(x @ m.w) @ m.w)
+
+    program, after = run(function, torch.randn(3, 8), only=("name_linears",), w=nn.Parameter(torch.randn(8, 8)))
+    assert targets(after).count(aten.linear.default) == 2
+    assert after.parameters_bytes == program.parameters_bytes
+
+
 @pytest.mark.parametrize(
     "function",
     [

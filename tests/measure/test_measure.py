@@ -1,5 +1,6 @@
 """Distances, paired timing, peak memory."""
 
+import itertools
 import math
 import sys
 import time
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from deepseek_r1.core import InputError
-from deepseek_r1.measure import Latency, compare, paired_latency, peak_memory_of, ratio_interval
+from deepseek_r1.measure import Latency, compare, paired_latency, paired_turns, peak_memory_of, ratio_interval
 
 ARRAYS = hnp.arrays(
     np.float32, hnp.array_shapes(min_dims=1, max_dims=3, max_side=5), elements=st.floats(-1e4, 1e4, width=32)
@@ -69,28 +70,30 @@ def test_what_cannot_be_compared():
         compare([np.zeros(1)], [np.zeros(2)])
 
 
-def test_paired_latency_times_all_in_changing_order():
-    order = []
-
-    def rival(name, seconds):
-        def call():
-            order.append(name)
-            time.sleep(seconds)
-
-        return call
-
-    times = paired_latency(
-        {"a": rival("a", 0.002), "b": rival("b", 0.006)}, rounds=6, warmup=1, min_round_s=0, pause_s=0
-    )
+def test_paired_latency_times_all():
+    slow = {"a": lambda: time.sleep(0.002), "b": lambda: time.sleep(0.006)}
+    times = paired_latency(slow, rounds=6, warmup=1, min_round_s=0, pause_s=0)
     assert {k: len(v.seconds) for k, v in times.items()} == {"a": 6, "b": 6}
-    # Each round has an untimed call or more, and a timed one, of both.
-    timed = [a for a, b in zip(order, [*order[1:], ""]) if a != b]
-    assert "ab" in "".join(timed)
-    assert "ba" in "".join(timed)
-    assert order.count("a") > order.count("b") >= 6 * 2
     low, middle, high = ratio_interval(times["b"], times["a"])
     assert 1 < low <= middle <= high
     assert times["a"].percentile_ms(0) <= times["a"].median_ms <= times["a"].percentile_ms(100)
+
+
+def test_turns_come_in_changing_order_each_after_a_rest():
+    log = []
+
+    def turn_of(name):
+        def turn(settle_s, calls):
+            log.append((name, settle_s, time.perf_counter()))
+            return 0.001
+
+        return turn
+
+    paired_turns({"a": turn_of("a"), "b": turn_of("b")}, rounds=12, pause_s=0.01, settle_s=0.02)
+    timed = [(name, at) for name, settle, at in log if settle == 0.02]
+    rounds = ["".join(name for name, _ in timed[i : i + 2]) for i in range(0, len(timed), 2)]
+    assert set(rounds) == {"ab", "ba"}
+    assert all(after - before >= 0.01 for (_, before), (_, after) in itertools.pairwise(timed))
 
 
 def test_time_limits_hold_but_five_rounds_are_run():

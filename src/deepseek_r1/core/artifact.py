@@ -52,7 +52,7 @@ class Manifest:
 
     Attributes:
         engine: the runtime that executes the model file ("onnxruntime").
-        precision: a name from `core.formats.PRECISIONS`.
+        precision: a name from `core.formats.PRECISIONS`, or "int8-dynamic".
         model_file: the file the engine opens.
         labels: class names in the order of the last output dimension, or None.
         preprocessing: steps from raw input to model input, see `runtime.preprocess`.

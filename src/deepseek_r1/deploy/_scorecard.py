@@ -142,8 +142,10 @@ def _latency(program: Program, artifact: Any, x: Any, batch_sizes: Sequence[int]
         report.facts[f"noise at batch {size}"] = (
             f"eager against itself {noise[1]:.2f}x ({noise[0]:.2f} to {noise[2]:.2f})"
         )
-        if max(noise[2], 1 / noise[0]) > QUIET_SPREAD or len(after.seconds) < ENOUGH_ROUNDS:
+        if max(noise[2], 1 / noise[0]) > QUIET_SPREAD:
             report.note(f"the machine was busy at batch {size}; run again when it is quiet for latencies to quote")
+        elif len(after.seconds) < ENOUGH_ROUNDS:
+            report.note(f"there was time for {len(after.seconds)} rounds only at batch {size}")
         series = {"before": [s * 1e3 for s in before.seconds], "after": [s * 1e3 for s in after.seconds]}
         report.plot(
             "histogram", f"Latency at batch {size}", series, x_label="ms per call", y_label="rounds",

@@ -9,12 +9,14 @@ from ._cache import ChoiceCache
 from ._config import RaceConfig
 from ._eager import on_one_thread
 from ._onnx import to_onnx
+from ._onnx_dynamic import INT8_DYNAMIC
 from ._optimize import optimize
 from .base import ENGINES, Engine, Runner, compile_program
 from .executable import Executable
 
 __all__ = [
     "ENGINES",
+    "INT8_DYNAMIC",
     "ChoiceCache",
     "Engine",
     "Executable",

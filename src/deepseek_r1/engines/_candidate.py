@@ -21,7 +21,7 @@ class Candidate:
         size_bytes: bytes of its weights.
         exact: whether it computes in the model's own precision and so must match the float64 reference about as well
             as the plain model does; otherwise it is judged by the task metric.
-        latency: from the last rung it took part in, and `bar` eager's from the same.
+        latency: from the last rung against eager that it took part in, and `bar` eager's from the same.
         problem: why it is out, empty while it is in.
         measure_peak: gives the peak memory of a fresh process that runs it, in bytes; called if a budget limits that.
     """

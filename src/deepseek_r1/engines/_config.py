@@ -16,11 +16,13 @@ class RaceConfig:
     Attributes:
         isolated: build and time each candidate in a child process, so that its crash, hang or hunger for memory costs
             the candidate only. What cannot travel there (an engine registered in this process, an operator written in
-            Python, a model on a GPU) is raced in this process, and the report says so.
+            Python, a model on several kinds of devices) is raced in this process, and the report says so.
         timeout_s: a candidate that takes longer to build, or to answer once, is out.
         memory_gb: resident memory at which a child is ended; None for four fifths of what is free when it starts.
-        rounds: timed rounds of the final; the first rung takes a tenth of them, at least five.
-        seconds: about how long the final may take, though never less than five rounds.
+        rounds: timed rounds of the final, and of the last rung among the best; the first takes a tenth of them, at
+            least five.
+        seconds: about how long the final may take; the first rung may take a quarter of it and the last one half. None
+            has less than five rounds.
         passes: names from `graph.PASSES` that rivals are simplified with; None for all, () for none.
         cache: keep the choice and the compiled files for the next time, and look there first. A path names another
             directory than the user's own cache.

@@ -114,7 +114,8 @@ class _Editor:
             turned, node = True, self._makers.get(node.input[0])
         if node is None or node.op_type != "DequantizeLinear":
             return None
-        key = f"{node.input[0]} {turned}"
+        # Equal numbers may be stored once for layers of other scales.
+        key = f"{node.input[0]} {node.input[1]} {turned}"
         if key not in self._weights:
             self._weights[key] = self._turned(node, turned)
         return self._weights[key]
@@ -128,7 +129,7 @@ class _Editor:
         if axis % 2 != (0 if turned else 1) or parts[1].ndim != 1 or (len(parts) > 2 and parts[2].any()):
             return None
         values = np.ascontiguousarray(parts[0].T) if turned else parts[0]
-        names = (f"{node.input[0]}_columns", f"{node.input[1]}_columns")
+        names = (f"{node.input[0]}_{'turned' if turned else 'columns'}", f"{node.input[1]}_columns")
         for name, value in zip(names, (values, parts[1])):
             if name not in self._constants:
                 self._constants[name] = value

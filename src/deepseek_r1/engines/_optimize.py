@@ -188,7 +188,7 @@ def _choose(
         if decided:
             keep(memory, plain, "own" if parent is program else "parent", None, report)
         elif memory.cache is not None:
-            report.note("not kept in the cache: on a quieter machine another engine may win")
+            report.note("not kept in the cache: on a quieter machine, or with more rounds, another engine may win")
         return plain
     executable = starter.open(winner)
     keep(memory, executable, "own" if executable.program is program else "parent", starter.files(winner), report)

@@ -2,8 +2,8 @@
 
 A candidate that fails, gives wrong answers or is not surely faster than eager PyTorch cannot win. Candidates are built
 one after the other; the slower half leaves after a few rounds, the rest goes on (successive halving: Jamieson and
-Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization, 2016). This module knows
-candidates as contenders; it does not know engines.
+Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization, 2016), and the best meet once more.
+This module knows candidates as contenders; it does not know engines.
 """
 
 from __future__ import annotations

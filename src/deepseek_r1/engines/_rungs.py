@@ -28,24 +28,27 @@ class Rungs:
     Args:
         baseline: eager, ready to be timed.
 
+    A rival has to beat eager at its best, not as its default thread count happens to leave it: eager is timed on all
+    threads and on one until one of them is surely the slower.
+
     Attributes:
-        on_one_thread: whether eager is faster on one thread than on all; known after the first rung. A rival has to
-            beat eager at its best, not as its default thread count happens to leave it.
+        on_one_thread: whether eager was faster on one thread than on all, in the last rung.
     """
 
     def __init__(self, baseline: Candidate) -> None:
         assert baseline.contender is not None, "it was prepared"
         self._baseline = baseline
-        self._plain: Turn = baseline.contender.turn
+        plain: Turn = baseline.contender.turn
+        self._eager = {baseline.name: plain, _ONE: on_one_thread(plain)}
         self.on_one_thread = False
 
     def first(self, rivals: list[Candidate], rounds: int, seconds: float) -> list[Candidate]:
         """Those that go on: the faster ones; the others leave with what they were timed at."""
-        eager = {self._baseline.name: self._plain, _ONE: on_one_thread(self._plain)}
-        times = _timed(eager, rivals, rounds, seconds)
-        plain, one = times[self._baseline.name], times[_ONE]
-        self.on_one_thread = one.median_ms < plain.median_ms
-        self._keep(rivals, one if self.on_one_thread else plain)
+        times = _timed(self._eager, rivals, rounds, seconds)
+        self._keep(rivals, times)
+        low, _, high = ratio_interval(times[self._baseline.name], times[_ONE])
+        if low > _CLOSE or high < 1 / _CLOSE:
+            del self._eager[self._baseline.name if low > _CLOSE else _ONE]
         ranked = sorted((c for c in rivals if not c.problem), key=lambda c: c.median_ms)
         kept = [c for i, c in enumerate(ranked) if i < _FINALISTS or c.median_ms <= _CLOSE * ranked[0].median_ms]
         for candidate in ranked[len(kept) :]:
@@ -58,12 +61,9 @@ class Rungs:
 
         Its difference from itself is what noise alone can do.
         """
-        name = _ONE if self.on_one_thread else self._baseline.name
-        turn = on_one_thread(self._plain) if self.on_one_thread else self._plain
-        again = f"{name} again"
-        times = _timed({name: turn, again: turn}, rivals, rounds, seconds)
-        self._keep(rivals, times[name])
-        return times[again]
+        again = {f"{name} again": turn for name, turn in self._eager.items()}
+        times = _timed(self._eager | again, rivals, rounds, seconds)
+        return times[f"{self._keep(rivals, times)} again"]
 
     def fastest(self, sure: list[Candidate], rounds: int, seconds: float, report: Report) -> Candidate | None:
         """The fastest of those that surely beat eager: who came close to each other meet once more, without eager.
@@ -86,10 +86,14 @@ class Rungs:
             return best
         return close[0] if close else None
 
-    def _keep(self, rivals: list[Candidate], bar: Latency) -> None:
-        self._baseline.latency = bar
+    def _keep(self, rivals: list[Candidate], times: dict[str, Latency]) -> str:
+        """Take the better of eager's times as the bar; returns its name."""
+        name = min(self._eager, key=lambda n: times[n].median_ms)
+        self.on_one_thread = name == _ONE
+        self._baseline.latency = times[name]
         for candidate in rivals:
-            candidate.bar = bar
+            candidate.bar = times[name]
+        return name
 
 
 def _relative(one: Latency, everybody: Sequence[Latency]) -> float:

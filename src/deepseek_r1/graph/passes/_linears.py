@@ -17,10 +17,11 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 def name_linears(module: GraphModule) -> int:
     """Put products with a constant matrix (`addmm`, `mm`, `matmul`) into linear layers, which can be quantised."""
-    return sum(_replace(module, node) for node in list(module.graph.nodes))
+    turned: dict[Any, Node] = {}
+    return sum(_replace(module, node, turned) for node in list(module.graph.nodes))
 
 
-def _replace(module: GraphModule, node: Node) -> bool:
+def _replace(module: GraphModule, node: Node, turned: dict[Any, Node]) -> bool:
     found = _product(node)
     if found is None:
         return False
@@ -42,8 +43,10 @@ def _replace(module: GraphModule, node: Node) -> bool:
             top, source = behind, inner
     if not Aliases(module).stable(node, top, x, source, weight_node, bias):
         return False
-    turned = add_constant(module, top, weight.detach().t().contiguous(), f"{node.name}_weight")
-    new = add_call(top, aten.linear.default, (source, turned, bias))
+    # A matrix that is used several times is turned once, where it is used first.
+    if weight_node.target not in turned:
+        turned[weight_node.target] = add_constant(module, node, weight.detach().t().contiguous(), f"{node.name}_weight")
+    new = add_call(top, aten.linear.default, (source, turned[weight_node.target], bias))
     top.replace_all_uses_with(new)
     return True
 

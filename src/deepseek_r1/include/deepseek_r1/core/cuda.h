@@ -1,8 +1,8 @@
 // Running an expression on an NVIDIA GPU: the same expression, compiled by nvcc into a kernel on the caller's stream.
 //
-// Elementwise: one 16-byte access for four elements where the expression reads one contiguous tensor. With row
-// reductions: one block a row, which reads the row anew for each reduction (it stays in the cache), four elements at a
-// time where the rows are contiguous.
+// Elementwise: one access for four elements where all tensors are contiguous or a single element. With row reductions:
+// one block a row, which reads the row anew for each reduction (it stays in the cache), four elements at a time where the
+// rows are contiguous.
 #pragma once
 
 #include <algorithm>
