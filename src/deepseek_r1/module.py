@@ -88,9 +88,10 @@ class DSModule(torch.nn.Module):
         example_inputs: Any = None,
         dataset: Iterable[Any] | None = None,
         budget: Budget | None = None,
+        **options: Any,
     ) -> Executable:
-        """See `deepseek_r1.optimize`."""
-        executable = optimize(_bare(self), method, example_inputs, dataset, budget)
+        """See `deepseek_r1.optimize`, for the further options (`engines`, `race`) too."""
+        executable = optimize(_bare(self), method, example_inputs, dataset, budget, **options)
         self._report = executable.report
         return executable
 

@@ -113,12 +113,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(run, place):
         [sys.executable, "-m", "deepseek_r1", *line.split(), "--epochs", "100000"],
         cwd=place, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list((place / "stopped").glob("checkpoints/step-*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=30)
+    try:
+        deadline = time.monotonic() + 60
+        while not list((place / "stopped").glob("checkpoints/step-*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=30)
+    finally:
+        child.kill()
     assert child.returncode == 130
     assert err.splitlines()[-1].startswith("interrupted: stopped at step")
     assert "--resume" in err

@@ -9,11 +9,11 @@ _made = {}
 _plain = _onnx.to_onnx
 
 
-def _once(program):
-    key = id(program.exported)
+def _once(program, precision=None):
+    key = (id(program.exported), precision)
     if key not in _made:
         # The program is kept, so that its id is not given to another.
-        _made[key] = (program, _plain(program).SerializeToString())
+        _made[key] = (program, _plain(program, precision=precision).SerializeToString())
     return onnx.ModelProto.FromString(_made[key][1])
 
 

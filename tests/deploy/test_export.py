@@ -129,9 +129,9 @@ def test_several_inputs_and_outputs(tmp_path):
     assert [s.name for s in predictor.manifest.outputs] == ["output_0", "output_1"]
 
 
-def perturbed(program):
+def perturbed(program, **options):
     """`to_onnx` with one weight changed, as a broken exporter would leave it."""
-    model = plain(program)
+    model = plain(program, **options)
     for constant in model.graph.initializer:
         value = numpy_helper.to_array(constant)
         if value.dtype == np.float32 and value.ndim > 1:
@@ -164,8 +164,8 @@ def test_files_that_answer_otherwise_are_not_kept(program, data, tmp_path, monke
 def test_int8_files_are_held_to_the_quantised_program(net, data, tmp_path, monkeypatch):
     int8 = quantize(net, dataset=data)
 
-    def spoiled(program):
-        model = plain(program)
+    def spoiled(program, **options):
+        model = plain(program, **options)
         for constant in model.graph.initializer:
             value = numpy_helper.to_array(constant)
             if value.dtype == np.int8 and value.ndim == 4:
@@ -180,8 +180,8 @@ def test_int8_files_are_held_to_the_quantised_program(net, data, tmp_path, monke
 
 
 def test_a_batch_size_that_the_exporter_fixed_is_found(program, tmp_path, monkeypatch):
-    def fixed(program):
-        model = plain(program)
+    def fixed(program, **options):
+        model = plain(program, **options)
         model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
         model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 2
         return model
