@@ -140,8 +140,8 @@ def perturbed(program, **options):
     raise AssertionError("no float weight to change")
 
 
-def plain(program):
-    return to_onnx(program)
+def plain(program, **options):
+    return to_onnx(program, **options)
 
 
 @pytest.mark.parametrize("name", ["net.onnx", "artifact"])
