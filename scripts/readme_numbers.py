@@ -66,8 +66,9 @@ def _line(report: Report, language: str) -> str:
     if not found:
         raise SystemExit("the report has no section with versions; give the report.json of `deepseek-r1 run digits`.")
     versions = dict(part.split(" ", 1) for part in found[0].split(", "))
-    ratios = {k.rpartition(" ")[2]: v for k, v in report.facts.items() if k.startswith("noise at batch")}
-    parts = [_AT_BATCH[language].format(size=k, ratio=v.rpartition(" ")[2]) for k, v in ratios.items()]
+    noise = {k.rpartition(" ")[2]: v for k, v in report.facts.items() if k.startswith("noise at batch")}
+    ratios = {k: re.findall(r"[\d.]+x", v)[0] for k, v in noise.items()}
+    parts = [_AT_BATCH[language].format(size=k, ratio=ratio) for k, ratio in ratios.items()]
     return _LINES[language].format(
         day=report.created[:10],
         cpu=report.facts["CPU"],
