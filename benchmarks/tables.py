@@ -58,11 +58,8 @@ def high(row: dict[str, Any]) -> float:
     return float(row["engines"].get(row["chosen"], {}).get("high", 1.0))
 
 
-def zoo() -> str:
+def zoo(found: dict[str, Any]) -> str:
     """The CPU zoo."""
-    found = read("optimize_zoo_cpu")
-    if not found:
-        return "Not measured."
     rows = [r for r in found["rows"] if "failed" not in r]
     broken = [r for r in found["rows"] if "failed" in r]
     names = sorted({name for row in rows for name in row["engines"]})
@@ -101,11 +98,8 @@ def zoo_summary(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
     ]
 
 
-def gpu_zoo() -> str:
+def gpu_zoo(found: dict[str, Any]) -> str:
     """The GPU models."""
-    found = read("gpu_zoo")
-    if not found:
-        return "Not measured."
     body = []
     for row in found["rows"]:
         ratio = row["against reduce-overhead"]
@@ -121,11 +115,8 @@ def gpu_zoo() -> str:
     return f"{table(head, body)}\n\n{measured_on(found)}"
 
 
-def int8() -> str:
+def int8(found: dict[str, Any]) -> str:
     """Quantised Programs against peers."""
-    found = read("int8_peers")
-    if not found:
-        return "Not measured."
     body = []
     for row in found["rows"]:
         if "failed" in row:
@@ -148,11 +139,10 @@ def int8() -> str:
     return f"{table(head, body)}\n\n{measured_on(found)}"
 
 
-def custom_op() -> str:
+def custom_op(cpu: dict[str, Any], gpu: dict[str, Any]) -> str:
     """C++ operators."""
     body = []
-    found = {device: read(name) for device, name in (("CPU", "custom_op"), ("GPU", "custom_op_cuda"))}
-    for device, result in found.items():
+    for device, result in (("CPU", cpu), ("GPU", gpu)):
         for name, row in result.get("results", {}).items():
             ratio, ms = row["operator_speed_over"]["inductor"], row["ms_per_call"]
             body.append([
@@ -161,14 +151,11 @@ def custom_op() -> str:
                 f"{row['gigabytes_per_s_of_operator']:.0f}",
             ])  # fmt: skip
     head = ["operator", "on", "eager, ms", "Inductor, ms", "C++, ms", "speed over Inductor (95 %)", "GB/s"]
-    return "\n\n".join([table(head, body), *(measured_on(result) for result in found.values() if result)])
+    return "\n\n".join([table(head, body), *(measured_on(result) for result in (cpu, gpu) if result)])
 
 
-def memory() -> str:
+def memory(found: dict[str, Any]) -> str:
     """Memory and reload."""
-    found = read("memory_and_reload")
-    if not found:
-        return "Not measured."
     held, opened = found["memory"], found["reload"]
     rows = [
         ["peak memory of a process, ResNet-50: eager", f"{held['bytes']['eager'] / 1e6:.0f} MB", "–"],
@@ -186,24 +173,34 @@ def memory() -> str:
     return f"{table(['what', 'measured', 'ratio'], rows)}\n\n{measured_on(found)}"
 
 
-def passes() -> str:
+def passes(found: dict[str, Any]) -> str:
     """What each pass gains where it gains most."""
-    found = read("passes")
-    if not found:
-        return "Not measured."
     body = [[f"`{name}`", f"{row['gain']:.3f}", row["where"] or "–"] for name, row in found["best"].items()]
     models = ", ".join(found["models"])
     return f"{table(['pass', 'gain where largest', 'where'], body)}\n\nModels: {models}. {measured_on(found)}"
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "zoo": zoo, "gpu-zoo": gpu_zoo, "int8": int8, "custom-op": custom_op, "memory": memory, "passes": passes,
-}  # fmt: skip
+#: Name of a table -> the result files it is made from, and what makes it.
+TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "zoo": (("optimize_zoo_cpu",), zoo),
+    "gpu-zoo": (("gpu_zoo",), gpu_zoo),
+    "int8": (("int8_peers",), int8),
+    "custom-op": (("custom_op", "custom_op_cuda"), custom_op),
+    "memory": (("memory_and_reload",), memory),
+    "passes": (("passes",), passes),
+}
+
+
+def made(name: str) -> str:
+    """A table, or that nothing was measured for it."""
+    files, make = TABLES[name]
+    found = [read(file) for file in files]
+    return make(*found) if any(found) else "Not measured."
 
 
 def filled(text: str) -> str:
     """The page with its tables made anew."""
-    return _BLOCK.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}", text)
+    return _BLOCK.sub(lambda match: f"{match[1]}\n{made(match[2])}\n\n{match[3]}", text)
 
 
 def main() -> None:

@@ -62,9 +62,9 @@ def opens_model(*, batch_size: int) -> Callable[[Callable[..., Report]], Callabl
         own = _options(function)[1:]
         needed = [p for p in own if p.default is p.empty]
         rest = [p for p in own if p not in needed]
-        model, *feeding = _options(before)
-        parameters = [model, *needed, *feeding, *rest, *_options(behind)]
-        shared = {p.name for p in (model, *feeding, *_options(behind))}
+        (model, *feeding), last = _options(before), _options(behind)
+        parameters = [model, *needed, *feeding, *rest, *last]
+        shared = {p.name for p in (model, *feeding, *last)}
 
         @functools.wraps(function)
         def command(**given: Any) -> Report:

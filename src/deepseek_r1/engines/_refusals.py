@@ -39,13 +39,13 @@ def _origin(node: Any) -> Node:
     return _origin(node.args[0]) if aliases and isinstance(node.args[0], Node) else node
 
 
-_RECURRENT = ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
+_RECURRENT = ("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
 
 
 def unrolls(program: Program) -> str:
     """Why a compiler that writes recurrent layers out step by step cannot take a program of any length."""
     for node in program.exported.graph.nodes:
-        if str(node.target) not in {f"aten.{name}" for name in _RECURRENT}:
+        if str(node.target) not in _RECURRENT:
             continue
         first, batch_first = node.args[0], node.args[-1]
         if not isinstance(first.meta["val"].shape[1 if batch_first else 0], int):

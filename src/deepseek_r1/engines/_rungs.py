@@ -30,9 +30,6 @@ class Rungs:
 
     A rival has to beat eager at its best, not as its default thread count happens to leave it: eager is timed on all
     threads and on one until one of them is surely the slower.
-
-    Attributes:
-        on_one_thread: whether eager was faster on one thread than on all, in the last rung.
     """
 
     def __init__(self, baseline: Candidate) -> None:
@@ -40,7 +37,11 @@ class Rungs:
         self._baseline = baseline
         plain: Turn = baseline.contender.turn
         self._eager = {baseline.name: plain, _ONE: on_one_thread(plain)}
-        self.on_one_thread = False
+
+    @property
+    def on_one_thread(self) -> bool:
+        """Whether eager was faster on one thread than on all, in its last rung."""
+        return self._baseline.latency is not None and self._baseline.latency.name == _ONE
 
     def first(self, rivals: list[Candidate], rounds: int, seconds: float) -> list[Candidate]:
         """Those that go on: the faster ones; the others leave with what they were timed at."""
@@ -89,7 +90,6 @@ class Rungs:
     def _keep(self, rivals: list[Candidate], times: dict[str, Latency]) -> str:
         """Take the better of eager's times as the bar; returns its name."""
         name = min(self._eager, key=lambda n: times[n].median_ms)
-        self.on_one_thread = name == _ONE
         self._baseline.latency = times[name]
         for candidate in rivals:
             candidate.bar = times[name]
