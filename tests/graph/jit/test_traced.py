@@ -538,7 +538,7 @@ def typed(text):
 
 
 def decode(logits, end):
-    tokens, count = torch.zeros(logits.shape[0], dtype=torch.long), 0
+    tokens, count = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device), 0
     for row in logits:
         token = row.argmax()
         if token == end:

@@ -98,7 +98,6 @@ struct Leaf : Node {
   }
   template <class R>
   DR1_HD DR1_INLINE void prepare(R&) {}
-  bool same(const Leaf& other) const { return index == other.index && seed == other.seed; }
   template <class V>
   DR1_HD DR1_INLINE V made(C x) const {
     if constexpr (DualTraits<V>::dual) {
@@ -260,8 +259,7 @@ template <class C, class E>
 void run_as(const Tensor& out, const E& e) {
   constexpr bool by_row = E::reductions > 0;
   Leaves<E::leaves> leaves;
-  Binder<C, Leaf<C>, E::leaves> binder{&leaves};
-  binder.columns = out.ndim() ? out.size(-1) : 1;
+  Binder<C, Leaf<C>, E::leaves> binder{&leaves, out.ndim() ? out.size(-1) : 1};
   const auto bound = e.bind(binder);
   const Plan<E::leaves> plan(out, leaves, by_row);
   if constexpr (by_row) {

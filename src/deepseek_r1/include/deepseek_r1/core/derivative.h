@@ -36,7 +36,7 @@ struct Tangent : Node {
   }
   template <class W>
   auto bind(W& w) const {
-    W inner = w;
+    auto inner = w.plain();
     inner.seed_role = role;
     inner.seed_reduction = reduction;
     return Tangent<decltype(a.bind(inner))>(a.bind(inner), role, reduction);
@@ -49,7 +49,9 @@ struct Tangent : Node {
   DR1_HD DR1_INLINE void prepare(R& r) {
     a.prepare(r);
   }
-  bool same(const Tangent& other) const { return a.same(other.a); }
+  bool same(const Tangent& other) const {
+    return a.same(other.a) && role == other.role && reduction == other.reduction;
+  }
   template <class V, class P>
   DR1_HD DR1_INLINE V eval(const P& p) const {
     if constexpr (std::is_floating_point_v<V>) {
@@ -84,7 +86,7 @@ struct Once : Node {
   }
   template <class R>
   DR1_HD DR1_INLINE void prepare(R&) {}
-  bool same(const Once& other) const { return width == other.width && active == other.active; }
+  bool same(const Once& other) const { return width == other.width; }
   template <class V, class P>
   DR1_HD DR1_INLINE V eval(const P& at) const {
     return V(!active || start + at.j == 0 ? 1 : 0);

@@ -32,6 +32,18 @@ struct Nothing : Node {
   void number(int&) {}
 };
 
+// What a reduction has computed of this element on its way: see `cuda::Kept`.
+struct KeptElement : Node {
+  template <class S>
+  DR1_HD DR1_INLINE void seek(const S&) {}
+  template <class R>
+  DR1_HD DR1_INLINE void prepare(R&) {}
+  template <class V, class P>
+  DR1_HD DR1_INLINE V eval(const P& p) const {
+    return p.kept;
+  }
+};
+
 struct Scalar : Node {
   static constexpr int leaves = 0;
   static constexpr int reductions = 0;
@@ -71,9 +83,6 @@ struct Apply : Node {
   A a;
   B b;
   D d;
-  // Both operands are the same expression of the same tensors, as in `y * y`, which is then computed once. Only a GPU
-  // needs to be told: a compiler for a CPU sees it, and would not vectorise a loop with a branch.
-  bool twins = false;
   DR1_HD Apply(const A& first, const B& second = B(), const D& third = D()) : a(first), b(second), d(third) {}
   template <class V>
   void visit(V&& v) const {
@@ -85,28 +94,20 @@ struct Apply : Node {
   }
   template <class W>
   auto bind(W& w) const {
-    using R = Apply<F, decltype(a.bind(w)), decltype(b.bind(w)), decltype(d.bind(w))>;
-    R bound{a.bind(w), b.bind(w), d.bind(w)};
-    if constexpr (std::is_same_v<A, B>) bound.twins = bound.a.same(bound.b);
-    return bound;
+    if constexpr (std::is_same_v<Apply, typename W::Kept>) {
+      return KeptElement();
+    } else {
+      return Apply<F, decltype(a.bind(w)), decltype(b.bind(w)), decltype(d.bind(w))>{a.bind(w), b.bind(w), d.bind(w)};
+    }
   }
   bool same(const Apply& other) const { return a.same(other.a) && b.same(other.b) && d.same(other.d); }
-  DR1_HD DR1_INLINE bool once() const {
-#ifdef __CUDA_ARCH__
-    return std::is_same_v<A, B> && twins;
-#else
-    return false;
-#endif
-  }
   template <class S>
   DR1_HD DR1_INLINE void seek(const S& s) {
-    a.seek(s), d.seek(s);
-    if (!once()) b.seek(s);
+    a.seek(s), b.seek(s), d.seek(s);
   }
   template <class R>
   DR1_HD DR1_INLINE void prepare(R& r) {
-    a.prepare(r), d.prepare(r);
-    if (!once()) b.prepare(r);
+    a.prepare(r), b.prepare(r), d.prepare(r);
   }
   void number(int& next) { a.number(next), b.number(next), d.number(next); }
   template <class V, class P>
@@ -114,20 +115,9 @@ struct Apply : Node {
     if constexpr (std::is_same_v<B, Nothing>) {
       return F::apply(a.template eval<V>(p));
     } else if constexpr (std::is_same_v<D, Nothing>) {
-      const V first = a.template eval<V>(p);
-      if constexpr (std::is_same_v<A, B>) {
-        if (once()) return F::apply(first, first);
-      }
-      return F::apply(first, b.template eval<V>(p));
+      return F::apply(a.template eval<V>(p), b.template eval<V>(p));
     } else {
-      const V first = a.template eval<V>(p);
-      V second = first;
-      if constexpr (std::is_same_v<A, B>) {
-        if (!once()) second = b.template eval<V>(p);
-      } else {
-        second = b.template eval<V>(p);
-      }
-      return F::apply(first, second, d.template eval<V>(p));
+      return F::apply(a.template eval<V>(p), b.template eval<V>(p), d.template eval<V>(p));
     }
   }
 };
@@ -269,23 +259,37 @@ struct MaxFold {
   static constexpr bool sum = false;
 };
 
+// Whether S stands in N, not counting what is below N's reductions.
+template <class N, class S>
+struct HasPart : std::false_type {};
+template <class F, class A, class B, class D, class S>
+struct HasPart<Apply<F, A, B, D>, S>
+    : std::bool_constant<std::is_same_v<Apply<F, A, B, D>, S> || HasPart<A, S>::value || HasPart<B, S>::value ||
+                         HasPart<D, S>::value> {};
+
 // A reduction with its place in a row: `value` is set by `prepare`, and then the same for every element of the row.
-template <class C, class F, class A>
+// `core` is the part of `a` that is kept, if any.
+template <class C, class F, class A, class K = Nothing>
 struct BoundReduce : Node {
   A a;
   int64_t width;
   C seed;
+  K core;
   C value;
-  DR1_HD BoundReduce(const A& of, int64_t length, C tangent) : a(of), width(length), seed(tangent), value() {}
+  DR1_HD BoundReduce(const A& of, int64_t length, C tangent, const K& kept = K())
+      : a(of), width(length), seed(tangent), core(kept), value() {}
   // `seek` moves through the outer expression's elements; what is below is moved by the fold.
   template <class S>
   DR1_HD DR1_INLINE void seek(const S&) {}
   template <class R>
   DR1_HD DR1_INLINE void prepare(R& r) {
-    a.prepare(r);
-    value = r.template fold<F>(a, width);
+    core.prepare(r), a.prepare(r);
+    if constexpr (std::is_same_v<K, Nothing>) {
+      value = r.template fold<F>(a, width);
+    } else {
+      value = r.template fold<F>(a, width, core);
+    }
   }
-  bool same(const BoundReduce& other) const { return seed == other.seed && a.same(other.a); }
   template <class V, class P>
   DR1_HD DR1_INLINE V eval(const P&) const {
     if constexpr (DualTraits<V>::dual) {
@@ -324,8 +328,16 @@ struct Reduce : Node {
   template <class W>
   auto bind(W& w) const {
     using C = typename W::Compute;
-    return BoundReduce<C, F, decltype(a.bind(w))>(a.bind(w), width_of(a), C(w.seed_reduction == id && id >= 0));
+    const C seed(w.seed_reduction == id && id >= 0);
+    if constexpr (HasPart<A, typename W::Kept>::value) {
+      auto plain = w.plain();
+      return BoundReduce<C, F, decltype(a.bind(w)), decltype(w.kept->bind(plain))>(a.bind(w), width_of(a), seed,
+                                                                                   w.kept->bind(plain));
+    } else {
+      return BoundReduce<C, F, decltype(a.bind(w))>(a.bind(w), width_of(a), seed);
+    }
   }
+  bool same(const Reduce& other) const { return a.same(other.a); }
   void number(int& next) {
     a.number(next);
     id = next++;
@@ -347,6 +359,7 @@ struct Width : Node {
   Scalar bind(W&) const {
     return Scalar(width_of(a));
   }
+  bool same(const Width& other) const { return a.same(other.a); }
   void number(int&) {}
 };
 

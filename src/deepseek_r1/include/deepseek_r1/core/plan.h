@@ -15,21 +15,11 @@ struct Leaves {
 
   int add(const Tensor& t) {
     for (int i = 0; i < count; ++i) {
-      if (same(*tensor[i], t)) return i;
+      if (tensor[i]->same(t)) return i;
     }
     check(count < most, "an expression reads more than 24 different tensors; write it in several statements");
     tensor[count] = &t;
     return count++;
-  }
-
- private:
-  static bool same(const Tensor& a, const Tensor& b) {
-    const dr1_tensor &x = a.memory(), &y = b.memory();
-    if (x.data != y.data || x.ndim != y.ndim || x.dtype != y.dtype) return false;
-    for (int i = 0; i < x.ndim; ++i) {
-      if (x.sizes[i] != y.sizes[i] || x.strides[i] != y.strides[i]) return false;
-    }
-    return true;
   }
 };
 
@@ -102,6 +92,16 @@ struct Plan {
     }
   }
 
+  // The same for one tensor, where an array of them would lie in memory: a GPU's threads have few registers.
+  DR1_HD DR1_INLINE int64_t offset(int64_t row, int t) const {
+    int64_t to = 0;
+    for (int i = ndim - 1; i > 0; --i) {
+      to += row % sizes[i] * strides[i][t];
+      row /= sizes[i];
+    }
+    return ndim ? to + row * strides[0][t] : to;
+  }
+
  private:
   void take(int t, const Tensor& tensor) {
     data[t] = tensor.memory().data;
@@ -160,13 +160,17 @@ Compute compute_of(const Tensor& out, const Leaves<L>& leaves) {
 }
 
 // Reads leaves through a shared plan: what `bind` builds of an expression is the same for CPU and GPU but for `Leaf`.
-template <class C, class Leaf, int L>
+// With K, parts of that type become what a reduction kept of them.
+template <class C, class Leaf, int L, class K = Nothing>
 struct Binder {
   using Compute = C;
+  using Kept = K;
   Leaves<L>* leaves;
+  int64_t columns = 1;
+  const K* kept = nullptr;
   int seed_role = -1;
   int seed_reduction = -1;
-  int64_t columns = 1;
+  Binder<C, Leaf, L> plain() const { return {leaves, columns, nullptr, seed_role, seed_reduction}; }
   auto leaf(const Tensor& t) const {
     const bool seeded = seed_role >= 0 && t.role() == seed_role;
     return Leaf(leaves->add(t), C(seeded ? 1 : 0));

@@ -157,6 +157,15 @@ class Tensor : public Node {
     return b.leaf(*this);
   }
   void number(int&) {}
+  // Whether it is the same memory in the same layout.
+  bool same(const Tensor& other) const {
+    const dr1_tensor &x = memory_, &y = other.memory_;
+    if (x.data != y.data || x.ndim != y.ndim || x.dtype != y.dtype) return false;
+    for (int i = 0; i < x.ndim; ++i) {
+      if (x.sizes[i] != y.sizes[i] || x.strides[i] != y.strides[i]) return false;
+    }
+    return true;
+  }
 
  private:
   int at(int dim) const {
