@@ -20,8 +20,8 @@ class RaceConfig:
         timeout_s: a candidate that takes longer to build, or to answer once, is out.
         memory_gb: resident memory at which a child is ended; None for four fifths of what is free when it starts.
         rounds: timed rounds of the final, and of the last rung among the best; the first takes a tenth of them, at
-            least five.
-        seconds: about how long the final may take; the first rung may take a quarter of it and the last one half. None
+            least eight.
+        seconds: about how long the final may take; the first rung may take as long and the last one half of it. None
             has less than five rounds.
         passes: names from `graph.PASSES` that rivals are simplified with; None for all, () for none.
         cache: keep the choice and the compiled files for the next time, and look there first. A path names another

@@ -75,7 +75,7 @@ def _race(
         if budget.memory_gb is not None:
             alive = _measure_memory(baseline, alive, budget, report)
         rungs = Rungs(baseline)
-        alive = rungs.first(alive, max(5, config.rounds // 10), config.seconds / 4)
+        alive = rungs.first(alive, max(8, config.rounds // 10), config.seconds)
         advance(1, "final")
         again = rungs.final(alive, config.rounds, config.seconds)
         advance(1, "")

@@ -22,7 +22,7 @@ from ._cache import ChoiceCache, Entry
 from ._config import RaceConfig
 from ._fingerprint import Fingerprint, NoFingerprint, sources
 from .base import ENGINES
-from .executable import Executable
+from .executable import Executable, falls_behind
 
 #: Packages whose version decides what is captured, compiled and how fast it is.
 _PACKAGES = (
@@ -137,7 +137,7 @@ def _open(entry: Entry, memory: Memory, model: torch.nn.Module | Program, inputs
     if reason := plugin.unavailable():
         raise ArtifactError(reason)
     runner = plugin.open(entry.files, program)
-    watch = () if entry.engine == "eager" else memory.tensors
+    watch = memory.tensors if not isinstance(model, Program) or falls_behind(entry.engine, program()) else ()
     return Executable(
         program, entry.engine, runner, report, precision=entry.precision, signature=entry.signature, watch=watch
     )

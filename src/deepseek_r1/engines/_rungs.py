@@ -17,7 +17,9 @@ from ._candidate import Candidate, failure
 from ._eager import on_one_thread
 
 #: After the first rung, this many go on, and whoever is at most this much slower than the fastest.
-_FINALISTS, _CLOSE = 2, 1.1
+_FINALISTS, _NEAR = 2, 1.2
+#: In the last rung, those meet who were at most this much slower than the fastest.
+_CLOSE = 1.1
 
 _ONE = "eager on one thread"
 
@@ -50,10 +52,13 @@ class Rungs:
         low, _, high = ratio_interval(times[self._baseline.name], times[_ONE])
         if low > _CLOSE or high < 1 / _CLOSE:
             del self._eager[self._baseline.name if low > _CLOSE else _ONE]
-        ranked = sorted((c for c in rivals if not c.problem), key=lambda c: c.median_ms)
-        kept = [c for i, c in enumerate(ranked) if i < _FINALISTS or c.median_ms <= _CLOSE * ranked[0].median_ms]
+        # By the lower quartile: what disturbs a machine only ever slows, and hardly the same rivals in every round.
+        quick = {c.name: times[c.name].percentile_ms(25) for c in rivals if not c.problem}
+        ranked = sorted((c for c in rivals if not c.problem), key=lambda c: quick[c.name])
+        best = min(quick.values(), default=0.0)
+        kept = [c for i, c in enumerate(ranked) if i < _FINALISTS or quick[c.name] <= _NEAR * best]
         for candidate in ranked[len(kept) :]:
-            slower = candidate.median_ms / ranked[0].median_ms
+            slower = quick[candidate.name] / best
             candidate.drop(f"{slower:.2f} times as slow as {ranked[0].name} in the first rounds")
         return kept
 

@@ -24,7 +24,7 @@ from ._config import RaceConfig
 from ._contender import ChildContender, Contender, LocalContender, Unreadable
 from ._refusals import devices
 from .base import ENGINES, Engine, Runner
-from .executable import Executable
+from .executable import Executable, falls_behind
 
 #: Share of the free memory that a candidate may take if nothing else was said.
 _MEMORY_SHARE = 0.8
@@ -168,9 +168,9 @@ class Starter:
     def _executable(self, engine: str, program: Program, precision: str, runner: Runner) -> Executable:
         # A pass rewrites copies of the weights; the ones that training changes are those of the source.
         program = program.source or program
-        # The eager graph reads the live weights; whatever was compiled holds copies.
         stores = {**program.exported.constants, **program.exported.state_dict}
-        watch = [] if engine == "eager" else [v for v in stores.values() if isinstance(v, torch.Tensor)]
+        tensors = [v for v in stores.values() if isinstance(v, torch.Tensor)]
+        watch = tensors if falls_behind(engine, program) else []
         return Executable(
             program, engine, runner, self.report, precision=precision, watch=watch, passes=self.config.passes
         )
