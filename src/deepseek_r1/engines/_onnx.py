@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +14,7 @@ from ..core import UnsupportedOpError
 from ..graph import Program, recurrent_shapes
 from ..graph.quiet import quiet_torch
 from ._onnx_dynamic import INT8_DYNAMIC, quantize_dynamically
+from ._onnx_transposes import drop_unused, join_transposes, ranks_of
 
 #: One above the 2 GiB that a single protobuf message can hold is refused; larger models need external data.
 _LIMIT_BYTES = 2 * 10**9
@@ -57,6 +57,7 @@ def to_onnx(program: Program, *, external_data: bool = False, precision: str | N
         model: onnx.ModelProto = exported.model_proto
     except Exception as e:  # the exporter has a class of its own for each stage
         raise UnsupportedOpError(f"{program.name!r} has no ONNX form: {_reason(e)}") from e
+    join_transposes(model, ranks_of(model))
     _tidy(model, program)
     if precision == INT8_DYNAMIC:
         quantize_dynamically(model)
@@ -122,7 +123,7 @@ def retarget(model: onnx.ModelProto) -> int:
         count += 1
     if count:
         _integer_biases(model)
-        _drop_unused(model)
+        drop_unused(model)
     return count
 
 
@@ -159,11 +160,3 @@ def _integer_biases(model: onnx.ModelProto) -> None:
         nodes.insert(next(i for i, n in enumerate(nodes) if n is node), back)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-
-
-def _drop_unused(model: onnx.ModelProto) -> None:
-    used: set[Any] = {name for node in model.graph.node for name in node.input}
-    used |= {o.name for o in model.graph.output}
-    kept = [i for i in model.graph.initializer if i.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)

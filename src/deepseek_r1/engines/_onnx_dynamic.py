@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from ._onnx_transposes import drop_unused
+
 #: Precision of this form, as engines name it.
 INT8_DYNAMIC = "int8-dynamic"
 
@@ -34,7 +36,7 @@ def quantize_dynamically(model: onnx.ModelProto) -> int:
 
 class _Editor:
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._graph = model.graph
+        self._model, self._graph = model, model.graph
         self._constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
         self._makers = {output: node for node in model.graph.node for output in node.output}
         self._instead: dict[str, list[onnx.NodeProto]] = {}
@@ -75,22 +77,13 @@ class _Editor:
             for node in nodes
             if node.op_type == "DequantizeLinear" and (before := self._before_pair(node.output[0])) is not None
         }
-        outputs = {o.name for o in self._graph.output}
         for node in nodes:
             for number, name in enumerate(node.input):
                 while name in renamed:
                     node.input[number] = name = renamed[name]
-        used = set(outputs)
-        kept = []
-        for node in reversed(nodes):
-            if used & set(node.output):
-                used.update(node.input)
-                kept.append(node)
         del self._graph.node[:]
-        self._graph.node.extend(reversed(kept))
-        initializers = [i for i in self._graph.initializer if i.name in used]
-        del self._graph.initializer[:]
-        self._graph.initializer.extend(initializers)
+        self._graph.node.extend(nodes)
+        drop_unused(self._model)
 
     def _before_pair(self, name: str) -> str | None:
         """What was quantised and dequantised again to give this value."""
