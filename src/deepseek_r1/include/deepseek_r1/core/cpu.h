@@ -99,20 +99,12 @@ struct Leaf : Node {
   template <class R>
   DR1_HD DR1_INLINE void prepare(R&) {}
   template <class V>
-  DR1_HD DR1_INLINE V made(C x) const {
-    if constexpr (DualTraits<V>::dual) {
-      return V(x, seed);
-    } else {
-      return x;
-    }
-  }
-  template <class V>
   DR1_HD DR1_INLINE V eval(const At& at) const {
-    return made<V>(Access<C>::read(p + at.j));
+    return seeded<V>(Access<C>::read(p + at.j), seed);
   }
   template <class V>
   DR1_HD DR1_INLINE V eval(const Given<C>& at) const {
-    return made<V>(at.x);
+    return seeded<V>(at.x, seed);
   }
 };
 

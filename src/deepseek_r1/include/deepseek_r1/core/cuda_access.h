@@ -71,14 +71,6 @@ struct Leaf : Node {
   }
   template <class R>
   DR1_HD DR1_INLINE void prepare(R&) {}
-  template <class V>
-  DR1_HD DR1_INLINE V made(C x) const {
-    if constexpr (DualTraits<V>::dual) {
-      return V(x, seed);
-    } else {
-      return x;
-    }
-  }
   DR1_HD DR1_INLINE C at(int64_t offset) const {
     if constexpr (std::is_void_v<T>) {
       return storage::dispatch(
@@ -89,15 +81,15 @@ struct Leaf : Node {
   }
   template <class V>
   DR1_HD DR1_INLINE V eval(const At& a) const {
-    return made<V>(at(a.j * stride));
+    return seeded<V>(at(a.j * stride), seed);
   }
   template <class V>
   DR1_HD DR1_INLINE V eval(const Given<C>& a) const {
-    return made<V>(a.x);
+    return seeded<V>(a.x, seed);
   }
   template <class V>
   DR1_HD DR1_INLINE V eval(const Among& a) const {
-    return made<V>(storage::read<C>(held.x + a.k));
+    return seeded<V>(storage::read<C>(held.x + a.k), seed);
   }
 };
 

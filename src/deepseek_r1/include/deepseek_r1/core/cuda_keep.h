@@ -19,8 +19,7 @@ struct KeepingFold : BlockFold<C, T, L, true> {
   template <class F, class A, class K>
   __device__ C fold(A& a, int64_t width, K& core) {
     core.seek(this->place), a.seek(this->place);
-    const C start = this->template start<F>();
-    C mine = start;
+    C mine = neutral<F, C>();
     // Beyond the end the first elements are computed again and left out: without a branch all reads go out at once.
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {
@@ -29,11 +28,11 @@ struct KeepingFold : BlockFold<C, T, L, true> {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         kept[i][k] = core.template eval<C>(Among{4 * j + k, k});
-        const C x = this->template join<F>(mine, a.template eval<C>(AmongKept<C>{{4 * j + k, k}, kept[i][k]}));
+        const C x = join<F>(mine, a.template eval<C>(AmongKept<C>{{4 * j + k, k}, kept[i][k]}));
         mine = own == j ? x : mine;
       }
     }
-    return fold_block<F>(mine, start);
+    return fold_block<F>(mine);
   }
 };
 

@@ -8,20 +8,31 @@
 namespace dr1 __attribute__((visibility("hidden"))) {
 namespace cuda {
 
-// Every thread of the block gets the fold of what each of them has; `start` changes nothing when folded.
 template <class F, class C>
-__device__ C fold_block(C mine, C start) {
+DR1_INLINE __device__ C join(C a, C b) {
+  return F::sum ? a + b : scalar::maximum(a, b);
+}
+
+// What changes nothing when joined.
+template <class F, class C>
+DR1_INLINE __device__ C neutral() {
+  if (F::sum) return C(0);
+  return std::is_floating_point_v<C> ? -std::numeric_limits<C>::infinity() : std::numeric_limits<C>::lowest();
+}
+
+// Every thread of the block gets the fold of what each of them has.
+template <class F, class C>
+__device__ C fold_block(C mine) {
   __shared__ C shared[32];
-  const auto join = [](C a, C b) { return F::sum ? a + b : scalar::maximum(a, b); };
   const auto fold_warp = [&](C x) {
-    for (int k = 16; k > 0; k /= 2) x = join(x, __shfl_xor_sync(0xffffffffu, x, k));
+    for (int k = 16; k > 0; k /= 2) x = join<F>(x, __shfl_xor_sync(0xffffffffu, x, k));
     return x;
   };
   const unsigned lane = threadIdx.x % 32;
   mine = fold_warp(mine);
   if (lane == 0) shared[threadIdx.x / 32] = mine;
   __syncthreads();
-  const C result = fold_warp(lane < blockDim.x / 32 ? shared[lane] : start);
+  const C result = fold_warp(lane < blockDim.x / 32 ? shared[lane] : neutral<F, C>());
   __syncthreads();
   return result;
 }
@@ -32,8 +43,7 @@ struct BlockFold {
   template <class F, class A>
   __device__ C fold(A& a, int64_t width) {
     a.seek(place);
-    const C first = start<F>();
-    C mine = first;
+    C mine = neutral<F, C>();
     const auto take = [&](C x) { mine = join<F>(mine, x); };
     if (fours && width % 4 == 0) {
       if constexpr (fours) {
@@ -47,17 +57,7 @@ struct BlockFold {
     } else {
       for (int64_t j = threadIdx.x; j < width; j += blockDim.x) take(a.template eval<C>(At{j}));
     }
-    return fold_block<F>(mine, first);
-  }
-  // Changes nothing when folded.
-  template <class F>
-  static __device__ C start() {
-    if (F::sum) return C(0);
-    return std::is_floating_point_v<C> ? -std::numeric_limits<C>::infinity() : std::numeric_limits<C>::lowest();
-  }
-  template <class F>
-  static DR1_INLINE __device__ C join(C a, C b) {
-    return F::sum ? a + b : scalar::maximum(a, b);
+    return fold_block<F>(mine);
   }
 };
 

@@ -292,11 +292,7 @@ struct BoundReduce : Node {
   }
   template <class V, class P>
   DR1_HD DR1_INLINE V eval(const P&) const {
-    if constexpr (DualTraits<V>::dual) {
-      return V(value, seed);
-    } else {
-      return V(value);
-    }
+    return seeded<V>(value, seed);
   }
 };
 

@@ -41,6 +41,16 @@ struct DualTraits<Dual<C>> {
   using Real = C;
 };
 
+// A value as V: with its direction, where V is a dual number.
+template <class V, class C>
+DR1_HD DR1_INLINE V seeded(C x, C seed) {
+  if constexpr (DualTraits<V>::dual) {
+    return V(x, seed);
+  } else {
+    return x;
+  }
+}
+
 namespace scalar {
 
 template <class To, class From>
