@@ -1,6 +1,7 @@
 """The cache of choices: what is found again, what makes a choice stale, what is damaged, and two writers at once."""
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +111,51 @@ def test_what_makes_another_choice(run, change):
     _, changed = change(model, {"example_inputs": X})
     assert not cached(run(model, **changed))
     assert cached(run(model, **changed))
+
+
+def test_other_passes_are_another_choice(run, monkeypatch):
+    run(net(), example_inputs=X)
+    few = functools.partial(run, race=replace(run.keywords["race"], passes=("remove_dropout",)))
+    assert not cached(few(net(), example_inputs=X))
+    model = net()
+    again = few(model, example_inputs=X)
+    assert cached(again)
+    used = []
+    monkeypatch.setattr(
+        "deepseek_r1.engines.executable.simplify", lambda program, passes, **_: used.append(passes) or program
+    )
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    torch.testing.assert_close(again(X), model(X))
+    assert used == [("remove_dropout",)], "what is compiled again is simplified as it was"
+
+
+class Product(nn.Module):
+    """A matrix product that a pass makes a linear layer with weights of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 347))
+
+    def forward(self, x):
+        return torch.relu(x @ self.weight)
+
+
+def test_an_executable_does_not_hold_the_weights_that_passes_rewrote(run):
+    def alive():
+        gc.collect()
+        return sum(type(v) is torch.Tensor and v.shape == (347, 16) for v in gc.get_objects())
+
+    model, before = Product(), alive()
+    # Built in a child, because the exporter's optimiser keeps what it matched last.
+    fast = run(model, example_inputs=X, race=replace(run.keywords["race"], isolated=True))
+    assert fast.engine == "onnxruntime"
+    assert any(row.metric == "pass name_linears" for section in fast.report.sections for row in section.rows)
+    assert alive() == before
+    with torch.no_grad():
+        model.weight.mul_(2)
+    for x in (X, X[:0]):
+        torch.testing.assert_close(fast(x), model(x))
 
 
 def test_another_thread_count_is_another_choice(run):

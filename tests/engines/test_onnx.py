@@ -12,7 +12,7 @@ from deepseek_r1 import deploy, runtime
 from deepseek_r1.core import Report, UnsupportedOpError
 from deepseek_r1.engines import ENGINES, Executable, compile_program, to_onnx
 from deepseek_r1.engines._onnx import retarget
-from deepseek_r1.graph import capture
+from deepseek_r1.graph import capture, simplify
 from deepseek_r1.models import DigitsNet
 from deepseek_r1.quantization import quantize
 from deepseek_r1.runtime import RUNTIMES
@@ -246,3 +246,31 @@ def test_the_run_time_form_is_what_is_shipped(words, tmp_path):
     assert shipped.manifest.precision == "int8-dynamic"
     x = torch.randn(3, 5, 8)
     np.testing.assert_allclose(shipped(x.numpy()), fast(x).numpy(), atol=1e-6)
+
+
+class Biased(nn.Module):
+    """Self-attention with a learned bias, one for all of the batch, as T5 and Swin have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.out = nn.Linear(16, 16)
+        self.slope = nn.Parameter(torch.tensor([0.5, 2.0]))
+
+    def forward(self, x):
+        q, k, v = (t.view(*x.shape[:2], 2, 8).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        far = torch.arange(x.shape[1])
+        bias = -(far[:, None] - far).abs().to(x.dtype) * self.slope[:, None, None]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        return self.out(y.transpose(1, 2).contiguous().reshape(*x.shape[:2], -1).contiguous())
+
+
+@pytest.mark.parametrize("is_simple", [False, True])
+def test_attention_with_a_learned_bias(is_simple):
+    torch.manual_seed(0)
+    net = Biased().eval()
+    program = capture(net, torch.randn(2, 7, 16))
+    run = compile_program(ENGINES.get("onnxruntime")(), simplify(program) if is_simple else program)
+    for shape in ((2, 7), (1, 1), (5, 12)):
+        x = torch.randn(*shape, 16)
+        torch.testing.assert_close(run([x])[0], net(x), rtol=1e-4, atol=1e-5)

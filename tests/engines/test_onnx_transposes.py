@@ -9,7 +9,8 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from deepseek_r1.engines import to_onnx
-from deepseek_r1.engines._onnx_transposes import drop_unused, join_transposes, ranks_of
+from deepseek_r1.engines._onnx_transposes import join_transposes, ranks_of
+from deepseek_r1.engines._onnx_unused import drop_unused
 from deepseek_r1.graph import capture
 
 

@@ -14,7 +14,8 @@ from ..core import UnsupportedOpError
 from ..graph import Program, recurrent_shapes
 from ..graph.quiet import quiet_torch
 from ._onnx_dynamic import INT8_DYNAMIC, quantize_dynamically
-from ._onnx_transposes import drop_unused, join_transposes, ranks_of
+from ._onnx_transposes import join_transposes, ranks_of
+from ._onnx_unused import drop_unused
 
 #: One above the 2 GiB that a single protobuf message can hold is refused; larger models need external data.
 _LIMIT_BYTES = 2 * 10**9
@@ -48,7 +49,10 @@ def to_onnx(program: Program, *, external_data: bool = False, precision: str | N
         raise UnsupportedOpError(f"{program.name!r} gives {plain} beside its tensors; ONNX gives tensors only.")
     outputs = ["output"] if len(names) == 1 else [f"output_{i}" for i in range(len(names))]
     try:
-        with quiet_torch(), recurrent_shapes(decomposing=True), contextlib.redirect_stdout(io.StringIO()):
+        # Without gradients, because torch decomposes attention with a learned mask by two kernels otherwise, and the
+        # reshape that is a view behind the one is none behind the other.
+        silent = contextlib.redirect_stdout(io.StringIO())
+        with torch.no_grad(), quiet_torch(), recurrent_shapes(decomposing=True), silent:
             exported = torch.onnx.export(
                 program.exported, (), dynamo=True, opset_version=20, verbose=False,
                 input_names=program.input_names(), output_names=outputs,

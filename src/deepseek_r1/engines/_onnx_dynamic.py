@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from ._onnx_transposes import drop_unused
+from ._onnx_unused import drop_unused
 
 #: Precision of this form, as engines name it.
 INT8_DYNAMIC = "int8-dynamic"

@@ -7,11 +7,13 @@ so that each call would copy all keys. Knows no engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
+
+from ._onnx_unused import drop_unused, reads
 
 
 def ranks_of(model: onnx.ModelProto) -> dict[str, int]:
@@ -54,31 +56,6 @@ def join_transposes(model: onnx.ModelProto, ranks: Mapping[str, int]) -> int:
     return count
 
 
-def drop_unused(model: onnx.ModelProto) -> None:
-    """Take out nodes and constants that no output needs."""
-    used = {o.name for o in model.graph.output}
-    kept = []
-    for node in reversed(model.graph.node):
-        if used & set(node.output):
-            used.update(_reads(node))
-            kept.append(node)
-    constants = [i for i in model.graph.initializer if i.name in used]
-    del model.graph.node[:]
-    model.graph.node.extend(reversed(kept))
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(constants)
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that a node reads; branches and loop bodies read values from outside of them."""
-    yield from node.input
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            for inner in graph.node:
-                yield from _reads(inner)
-            yield from (o.name for o in graph.output)
-
-
 def _perm(node: onnx.NodeProto) -> list[int]:
     return next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
 
@@ -92,7 +69,7 @@ class _Shapes:
         self._outputs = {o.name for o in model.graph.output}
         self._users: dict[str, list[onnx.NodeProto]] = {}
         for node in model.graph.node:
-            for name in _reads(node):
+            for name in reads(node):
                 self._users.setdefault(name, []).append(node)
 
     def maker(self, name: str) -> onnx.NodeProto | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.fx import Node
 
 from ..graph import Program
@@ -55,9 +56,19 @@ def unrolls(program: Program) -> str:
 
 def devices(program: Program) -> set[str]:
     """Kinds of device ("cpu", "cuda") that the program's weights and inputs are on; "cpu" if it has neither."""
-    tensors = [*program.exported.state_dict.values(), *program.exported.constants.values()]
-    tensors += list(torch.utils._pytree.tree_leaves(program.example_inputs))
-    return {t.device.type for t in tensors if isinstance(t, torch.Tensor)} or {"cpu"}
+    return {t.device.type for t in tensors_of(program)} or {"cpu"}
+
+
+def tensors_of(program: Program) -> Iterator[torch.Tensor]:
+    """The program's weights, buffers, constants and example inputs."""
+    yield from stored_tensors(program)
+    yield from (v for v in pytree.tree_leaves(program.example_inputs) if isinstance(v, torch.Tensor))
+
+
+def stored_tensors(program: Program) -> Iterator[torch.Tensor]:
+    """The program's weights, buffers and constants."""
+    stores = {**program.exported.constants, **program.exported.state_dict}
+    return (v for v in stores.values() if isinstance(v, torch.Tensor))
 
 
 def not_on_the_cpu(program: Program) -> str:

@@ -39,12 +39,14 @@ class Memory:
         key: empty if nothing can be kept.
         reason: why nothing can be kept.
         tensors: the model's own, whose change makes a kept choice stale.
+        passes: what the model is simplified with when its weights have changed.
     """
 
     cache: ChoiceCache | None = None
     key: str = ""
     reason: str = ""
     tensors: list[torch.Tensor] = field(default_factory=list)
+    passes: tuple[str, ...] | None = None
 
 
 def memory_of(
@@ -74,14 +76,14 @@ def memory_of(
         "tree": str(tree),
         "engines": {name: sources(ENGINES.get(name).__module__) for name in sorted(engines)},
         "budget": budget.limits(),
-        "race": [config.rounds, config.seconds, config.memory_gb, config.timeout_s],
+        "race": [config.rounds, config.seconds, config.memory_gb, config.timeout_s, config.passes],
         "hardware": probe().key,
         "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:40]
     root = None if config.cache is True else config.cache
-    return Memory(cache=ChoiceCache(root), key=key, tensors=what)
+    return Memory(cache=ChoiceCache(root), key=key, tensors=what, passes=config.passes)
 
 
 def _about(leaf: Any) -> list[Any]:
@@ -139,8 +141,9 @@ def _open(entry: Entry, memory: Memory, model: torch.nn.Module | Program, inputs
     runner = plugin.open(entry.files, program)
     watch = memory.tensors if not isinstance(model, Program) or falls_behind(entry.engine, program()) else ()
     return Executable(
-        program, entry.engine, runner, report, precision=entry.precision, signature=entry.signature, watch=watch
-    )
+        program, entry.engine, runner, report, precision=entry.precision, signature=entry.signature, watch=watch,
+        passes=memory.passes,
+    )  # fmt: skip
 
 
 def keep(memory: Memory, executable: Executable, source: str, files: Path | None, report: Report) -> None:

@@ -22,7 +22,7 @@ from ..measure import peak_memory_of
 from ._candidate import Candidate
 from ._config import RaceConfig
 from ._contender import ChildContender, Contender, LocalContender, Unreadable
-from ._refusals import devices
+from ._refusals import devices, stored_tensors, tensors_of
 from .base import ENGINES, Engine, Runner
 from .executable import Executable, falls_behind
 
@@ -157,7 +157,9 @@ class Starter:
     def open(self, winner: Candidate) -> Executable:
         """The winner, opened in this process."""
         engine, program, precision, where = winner.tag
-        runner = ENGINES.get(engine)().open(where, lambda: program)
+        # What was simplified has copies of the weights that passes rewrote; the engine has its own by now.
+        source = program.source or program
+        runner = ENGINES.get(engine)().open(where, lambda: source)
         return self._executable(engine, program, precision, runner)
 
     def files(self, winner: Candidate) -> Path:
@@ -168,9 +170,7 @@ class Starter:
     def _executable(self, engine: str, program: Program, precision: str, runner: Runner) -> Executable:
         # A pass rewrites copies of the weights; the ones that training changes are those of the source.
         program = program.source or program
-        stores = {**program.exported.constants, **program.exported.state_dict}
-        tensors = [v for v in stores.values() if isinstance(v, torch.Tensor)]
-        watch = tensors if falls_behind(engine, program) else []
+        watch = list(stored_tensors(program)) if falls_behind(engine, program) else []
         return Executable(
             program, engine, runner, self.report, precision=precision, watch=watch, passes=self.config.passes
         )
@@ -264,8 +264,7 @@ def _libraries(program: Program) -> dict[str, str]:
 
 def _device(program: Program) -> str:
     """The device of a program that is on one, with its number."""
-    tensors = [*program.exported.state_dict.values(), *pytree.tree_leaves(program.example_inputs)]
-    return next((str(t.device) for t in tensors if isinstance(t, torch.Tensor)), "cpu")
+    return next((str(t.device) for t in tensors_of(program)), "cpu")
 
 
 def _size(program: Program, precision: str) -> int:

@@ -58,15 +58,22 @@ class Engine(ABC):
 
         Args:
             folder: where `build` wrote.
-            program: gives the program; may be slow the first time, so ask only if the files are not enough.
+            program: gives the program, or the one that it was simplified from, whose answers are the same; may be
+                slow the first time, so ask only if the files are not enough.
         """
 
 
-def compile_program(engine: Engine, program: Program, precision: str | None = None) -> Runner:
-    """Build and open in this process, in the program's own precision unless told otherwise."""
+def compile_program(
+    engine: Engine, program: Program, precision: str | None = None, *, fallback: Program | None = None
+) -> Runner:
+    """Build and open in this process, in the program's own precision unless told otherwise.
+
+    Args:
+        fallback: what the runner holds on to for inputs that the engine cannot take, in the program's place.
+    """
     with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as folder:
         engine.build(program, Path(folder), precision or program.precision)
-        return engine.open(Path(folder), lambda: program)
+        return engine.open(Path(folder), lambda: fallback or program)
 
 
 #: Engines by name; `get` gives a class that is called without arguments.

@@ -122,9 +122,10 @@ class Executable:
         if len(args) == self._positional and not kwargs and all(isinstance(a, torch.Tensor) for a in args):
             leaves = args
         else:
-            leaves, tree = signature.flat(args, kwargs)
-            if tree != signature.in_tree:
+            read = signature.leaves(args, kwargs)
+            if read is None:
                 raise InputError(signature.misfit(args, kwargs) or f"the inputs must nest as {signature.in_tree}.")
+            leaves = read
         if outside := signature.outside(leaves):
             raise InputError(signature.misfit(args, kwargs) or outside)
         with torch.no_grad():
@@ -152,7 +153,8 @@ class Executable:
     def refresh(self) -> None:
         """Compile again from the weights as they are now."""
         program = simplify(self.program, self._passes, strict=False)
-        self._runner = compile_program(ENGINES.get(self._engine)(), program, self._precision)
+        engine = ENGINES.get(self._engine)()
+        self._runner = compile_program(engine, program, self._precision, fallback=self.program)
         self._state = self._versions()
         self.report.note("the weights were changed after compiling; compiled again")
 

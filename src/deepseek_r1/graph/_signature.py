@@ -6,8 +6,9 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.fx import Node
 
 from ..core import InputError
 from ._conditions import evaluate, holds
+from ._nest import reader_of
 
 Shape = tuple[int | str, ...]
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -84,11 +86,8 @@ class Signature:
         self._derived = [
             (i, axis, d) for i, axis, d in _dynamic(self.slots) if not d.isidentifier()
         ]  # sizes such as s27 + 1
-        self._fixed = [
-            (i, len(s.shape), s.dtype, [(a, d) for a, d in enumerate(s.shape) if isinstance(d, int)])
-            for i, s in enumerate(self.slots)
-            if s.is_tensor
-        ]
+        self._fixed = [(i, len(s.shape), s.dtype, *_sizes(s.shape)) for i, s in enumerate(self.slots) if s.is_tensor]
+        self._read = reader_of(in_tree)
         self._asks_sizes = bool(self.limits or self._derived or self._conditions)
 
     def __str__(self) -> str:
@@ -116,9 +115,20 @@ class Signature:
 
     def flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
         """Inputs as leaves and their nest; keyword inputs in the captured order, as their order says nothing."""
+        return pytree.tree_flatten((args, self._in_order(kwargs)))
+
+    def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
+        """Inputs as leaves; None if they nest otherwise than the captured ones. Faster than `flat`."""
+        if self._read is None:
+            found, tree = self.flat(args, kwargs)
+            return found if tree == self.in_tree else None
+        found = []
+        return found if self._read((args, self._in_order(kwargs)), found) else None
+
+    def _in_order(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if len(kwargs) > 1 and set(kwargs) == set(self._keywords):
-            kwargs = {name: kwargs[name] for name in self._keywords}
-        return pytree.tree_flatten((args, dict(kwargs)))
+            return {name: kwargs[name] for name in self._keywords}
+        return dict(kwargs)
 
     def misfit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         """Why inputs do not fit, their nest, fixed values and devices included; None if they do."""
@@ -140,14 +150,14 @@ class Signature:
         """
         if len(leaves) != len(self.slots):
             return self._told(f"{self.title!r} takes {len(self.slots)} inputs; given {len(leaves)}.")
-        for number, rank, dtype, sizes in self._fixed:
+        for number, rank, dtype, pick, wanted in self._fixed:
             given = leaves[number]
             if not isinstance(given, torch.Tensor):
                 return self._told(f"{self._called(number)} must be a tensor, given {type(given).__name__}.")
             if given.dtype != dtype:
                 return self._told(f"{self._called(number)} has dtype {dtype}; given {given.dtype}.")
             shape = given.shape
-            if len(shape) != rank or any(shape[axis] != size for axis, size in sizes):
+            if len(shape) != rank or (pick is not None and pick(shape) != wanted):
                 return self._told(f"{self._called(number)} has shape {self.slots[number].shape}; given {tuple(shape)}.")
         return self._outside_sizes(leaves) if self._asks_sizes else ""
 
@@ -170,7 +180,7 @@ class Signature:
                         f"dimension {axis} of {self._called(number)} must be {text}, here {wanted}; given {size}."
                     )
         if self._conditions:
-            every = {f"size_{i}_{a}": n for i, rank, _, _ in self._fixed for a, n in zip(range(rank), leaves[i].shape)}
+            every = {f"size_{i}_{a}": n for i, rank, *_ in self._fixed for a, n in zip(range(rank), leaves[i].shape)}
             for text in self._conditions:
                 if not holds(text, every):
                     given = [tuple(v.shape) for v in leaves if isinstance(v, torch.Tensor)]
@@ -271,6 +281,13 @@ def _slot(node: Node, example: Any) -> Slot:
     dims = value.shape if isinstance(value, torch.Tensor) else ()
     shape = tuple(int(str(d)) if str(d).isdigit() else str(d) for d in dims)
     return Slot(name=node.name, shape=shape, dtype=example.dtype, device=example.device.type)
+
+
+def _sizes(shape: Shape) -> tuple[Callable[[Any], Any] | None, Any]:
+    """What takes the fixed sizes out of a shape, and what it must find."""
+    axes = [axis for axis, size in enumerate(shape) if isinstance(size, int)]
+    pick = itemgetter(*axes) if axes else None
+    return pick, pick and pick(shape)
 
 
 def _dynamic(slots: Sequence[Slot]) -> list[tuple[int, int, str]]:

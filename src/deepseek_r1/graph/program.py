@@ -78,8 +78,8 @@ class Program:
             InputError: the inputs do not fit the captured graph; the message gives both.
         """
         signature = self.signature
-        leaves, tree = signature.flat(args, kwargs)
-        if tree != signature.in_tree or signature.outside(leaves):
+        leaves = signature.leaves(args, kwargs)
+        if leaves is None or signature.outside(leaves):
             raise InputError(signature.misfit(args, kwargs) or "the inputs do not fit.")
         try:
             return self._module(*args, **kwargs)
