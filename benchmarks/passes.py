@@ -9,24 +9,23 @@ is not looked for.) The program with all passes runs under a second name: how fa
 can tell. A pass that gains less than 3 % everywhere is named at the end; it should be deleted.
 
 One model at a time is held in memory. Writes benchmarks/results/passes.json after each model, so that a run that was
-broken off is not lost; `--resume` leaves out models that the file has.
+broken off is not lost; `--resume` leaves out the engines of a model that the file has.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from optimize_zoo import about
 from zoo import ENTRIES, Entry
 
-from deepseek_r1.core import atomic, probe
+from deepseek_r1.core import atomic
 from deepseek_r1.engines import ENGINES, compile_program
 from deepseek_r1.graph import PASSES, Program, as_inputs, capture, simplify
 from deepseek_r1.measure import paired_latency, ratio_interval
@@ -107,11 +106,8 @@ def one_model(entry: Entry, engines: list[str], rounds: int, seconds: float, sma
     made, changes = programs(capture(module, inputs))
     args, kwargs = as_inputs(inputs)
     leaves = pytree.tree_leaves((args, kwargs))
-    return {
-        "shapes": entry.shapes,
-        "changes": changes,
-        "engines": {engine: measure(engine, made, leaves, rounds, seconds) for engine in engines},
-    }
+    measured = {engine: measure(engine, made, leaves, rounds, seconds) for engine in engines}
+    return {"shapes": entry.shapes, "changes": changes, "engines": measured}
 
 
 def best_gains(models: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -144,22 +140,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     wanted = args.models.split(",") if args.models else [entry.name for entry in ENTRIES]
     engines = args.engines.split(",") if args.engines else [name for name in ENGINES.names() if name != "null"]
-    document: dict[str, Any] = {
-        "schema_version": 1,
+    document: dict[str, Any] = about("cpu") | {
         "what": "time without a pass / time with all passes, paired rounds; above 1 the pass gains",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "hardware": probe().to_dict(),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         "models": json.loads(args.out.read_text())["models"] if args.resume and args.out.is_file() else {},
     }
     for entry in ENTRIES:
-        if entry.name not in wanted or entry.name in document["models"]:
+        known = document["models"].get(entry.name, {"engines": {}})["engines"]
+        left = [engine for engine in engines if engine not in known]
+        if entry.name not in wanted or not left:
             continue
-        document["models"][entry.name] = one_model(entry, engines, args.rounds, args.seconds, args.small)
+        found = one_model(entry, left, args.rounds, args.seconds, args.small)
+        document["models"][entry.name] = {**found, "engines": {**known, **found["engines"]}}
         document["best"] = best_gains(document["models"])
         atomic.write_json(args.out, document)
-        for engine, measured in document["models"][entry.name]["engines"].items():
+        for engine, measured in found["engines"].items():
             told = {name: f"{gain['gain']:.3f}" for name, gain in measured.get("gains", {}).items()}
             print(entry.name, engine, told or measured["failed"], flush=True)
     for name, found in best_gains(document["models"]).items():

@@ -6,10 +6,10 @@ kept and its widths shrunk, for tests.
 
 from __future__ import annotations
 
-from . import convnets, imaging, signals, text
+from . import convnets, handwritten, imaging, signals, text
 from ._entry import Entry
 
-ENTRIES: list[Entry] = [*convnets.ENTRIES, *imaging.ENTRIES, *text.ENTRIES, *signals.ENTRIES]
+ENTRIES: list[Entry] = [*convnets.ENTRIES, *imaging.ENTRIES, *text.ENTRIES, *handwritten.ENTRIES, *signals.ENTRIES]
 
 
 def entry(name: str) -> Entry:

@@ -96,7 +96,7 @@ def test_the_zoo_is_wide_enough():
         entry("resnet51")
 
 
-@pytest.mark.slow  # minutes: real weights of 33 networks
+@pytest.mark.slow  # minutes: real weights of 34 networks
 @pytest.mark.parametrize("name", NAMES)
 def test_real_sizes_are_captured_too(name):
     one = entry(name)
