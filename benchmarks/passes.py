@@ -6,7 +6,8 @@ For each architecture all passes are run once, and the plain program and the sim
 and timed in turns. Where all passes together change 3 % or may do so, either way, the program without each pass that
 changed something is compiled and timed as well. (Where they do not, one pass could still gain what another loses; that
 is not looked for.) The program with all passes runs under a second name: how far it is from itself is what the method
-can tell. A pass that gains less than 3 % everywhere is named at the end; it should be deleted.
+can tell. A pass that gains less than 3 % everywhere is named at the end; it should be deleted. `--without a+b,c` times
+the program without a and b and the one without c instead of one without each pass, and always.
 
 One model at a time is held in memory. Writes benchmarks/results/passes.json after each model, so that a run that was
 broken off is not lost; `--resume` leaves out the engines of a model that the file has.
@@ -35,19 +36,20 @@ RESULT = Path(__file__).parent / "results" / "passes.json"
 WORTH = 1.03
 
 
-def programs(program: Program) -> tuple[dict[str, Program], list[dict[str, Any]]]:
-    """The plain program, the simplified one, one without each pass that changed something; and what was changed."""
+def programs(program: Program, groups: list[str]) -> tuple[dict[str, Program], list[dict[str, Any]]]:
+    """The plain program, the simplified one, one without each group of passes; and what each pass changed."""
     full = simplify(program, strict=False)
     prefix = "pass "
     rows = [r for r in full.report.rows if r.unit == "nodes" and r.metric.startswith(prefix)]
     made = {"plain": program, "all": full}
-    for row in rows:
-        name = row.metric.removeprefix(prefix)
-        made[f"without {name}"] = simplify(program, [p for p in PASSES if p != name], strict=False)
     changes = [
         {"pass": r.metric.removeprefix(prefix), "nodes_before": r.before, "nodes_after": r.after, "how": r.how}
         for r in rows
     ]
+    effective = {change["pass"] for change in changes}
+    for group in groups or sorted(effective):
+        if left_out := effective & set(group.split("+")):
+            made[f"without {group}"] = simplify(program, [p for p in PASSES if p not in left_out], strict=False)
     return made, changes
 
 
@@ -65,7 +67,9 @@ def call_of(engine: str, program: Program, leaves: list[Any]) -> Callable[[], ob
     return call
 
 
-def measure(engine: str, made: dict[str, Program], leaves: list[Any], rounds: int, seconds: float) -> dict[str, Any]:
+def measure(
+    engine: str, made: dict[str, Program], leaves: list[Any], rounds: int, seconds: float, always: bool
+) -> dict[str, Any]:
     """Gain of each pass on one engine: time without it over time with all passes."""
     calls: dict[str, Callable[[], object]] = {}
     failed: dict[str, str] = {}
@@ -77,13 +81,13 @@ def measure(engine: str, made: dict[str, Program], leaves: list[Any], rounds: in
             except Exception as e:  # an engine may refuse in any way; that is a result
                 failed[name] = f"{type(e).__name__}: {str(e)[:200]}"
 
-    build(["plain", "all"])
+    build(made if always else ["plain", "all"])
     if "all" not in calls:
         return {"failed": failed}
     calls["all again"] = calls["all"]
     found = timed(calls, rounds, seconds)
     gain = found["gains"].get("plain")
-    if gain is None or gain["high"] >= WORTH or gain["low"] <= 1 / WORTH:
+    if not always and (gain is None or gain["high"] >= WORTH or gain["low"] <= 1 / WORTH):
         build([name for name in made if name.startswith("without ")])
         found = timed(calls, rounds, seconds)
     return {**found, "failed": failed}
@@ -100,24 +104,28 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -
     return {"ms": {name: t.median_ms for name, t in times.items()}, "gains": gains}
 
 
-def one_model(entry: Entry, engines: list[str], rounds: int, seconds: float, small: bool) -> dict[str, Any]:
+def one_model(
+    entry: Entry, engines: list[str], groups: list[str], rounds: int, seconds: float, small: bool
+) -> dict[str, Any]:
     """All measurements of one architecture."""
     module, inputs = entry.make(small=small)
-    made, changes = programs(capture(module, inputs))
+    made, changes = programs(capture(module, inputs), groups)
     args, kwargs = as_inputs(inputs)
     leaves = pytree.tree_leaves((args, kwargs))
-    measured = {engine: measure(engine, made, leaves, rounds, seconds) for engine in engines}
+    measured = {engine: measure(engine, made, leaves, rounds, seconds, bool(groups)) for engine in engines}
     return {"shapes": entry.shapes, "changes": changes, "engines": measured}
 
 
 def best_gains(models: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """For each pass, where it gains most; only what the interval and the spread of the run itself bear out counts."""
-    best: dict[str, dict[str, Any]] = {name: {"gain": 1.0, "where": ""} for name in PASSES}
+    # A pass that is gone since keeps what was measured.
+    names = [*PASSES, *sorted({c["pass"] for result in models.values() for c in result["changes"]} - {*PASSES})]
+    best: dict[str, dict[str, Any]] = {name: {"gain": 1.0, "where": ""} for name in names}
     for model, result in models.items():
         for engine, measured in result["engines"].items():
             gains = measured.get("gains", {})
             noise = gains.get("all again", {"high": 1.0})["high"]
-            for name in PASSES:
+            for name in names:
                 found = gains.get(f"without {name}")
                 if found and found["low"] > max(1.0, noise) and found["gain"] > best[name]["gain"]:
                     best[name] = {"gain": found["gain"], "where": f"{model} on {engine}"}
@@ -128,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="", help="names of the zoo, by commas; all by default")
     parser.add_argument("--engines", default="", help="names of engines, by commas; all but null by default")
+    parser.add_argument("--without", default="", help="passes left out: a+b,c leaves out two together, then one")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=20.0, help="at most this long for one comparison")
     parser.add_argument("--threads", type=int, default=2)
@@ -150,7 +159,8 @@ def main() -> None:
         left = [engine for engine in engines if engine not in known]
         if entry.name not in wanted or not left:
             continue
-        found = one_model(entry, left, args.rounds, args.seconds, args.small)
+        groups = args.without.split(",") if args.without else []
+        found = one_model(entry, left, groups, args.rounds, args.seconds, args.small)
         document["models"][entry.name] = {**found, "engines": {**known, **found["engines"]}}
         document["best"] = best_gains(document["models"])
         atomic.write_json(args.out, document)

@@ -13,11 +13,13 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from deepseek_r1.core import atomic
+from deepseek_r1.graph import PASSES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -175,9 +177,30 @@ def memory(found: dict[str, Any]) -> str:
 
 def passes(found: dict[str, Any]) -> str:
     """What each pass gains where it gains most."""
-    body = [[f"`{name}`", f"{row['gain']:.3f}", row["where"] or "–"] for name, row in found["best"].items()]
-    models = ", ".join(found["models"])
-    return f"{table(['pass', 'gain where largest', 'where'], body)}\n\nModels: {models}. {measured_on(found)}"
+    models = found["models"]
+    body = []
+    for name, row in found["best"].items():
+        changed = sum(change["pass"] == name for model in models.values() for change in model["changes"])
+        stays = "yes" if name in PASSES else "no"
+        gain = f"{row['gain']:.3f}" if row["where"] else "none that is sure"
+        body.append([f"`{name}`", f"{changed} of {len(models)}", gain, row["where"] or "–", stays])
+    heads = ["pass", "models that it changes", "largest gain", "where", "stays"]
+    ran = Counter(engine for model in models.values() for engine in model["engines"])
+    engines = ", ".join(f"{engine} {count}" for engine, count in ran.most_common())
+    together = sorted(
+        (
+            (measured["gains"]["plain"]["gain"], f"{model} on {engine}")
+            for model, result in models.items()
+            for engine, measured in result["engines"].items()
+            if measured.get("gains", {}).get("plain", {"low": 0})["low"] > 1
+        ),
+        reverse=True,
+    )
+    largest = ", ".join(f"{where} {gain:.2f}" for gain, where in together[:8])
+    return (
+        f"{table(heads, body)}\n\nAll passes together gain most for {largest}. "
+        f"Models measured on each engine: {engines}. {measured_on(found)}"
+    )
 
 
 #: Name of a table -> the result files it is made from, and what makes it.

@@ -41,7 +41,7 @@ def test_batch_norm_is_folded_into_convolutions(dims, affine, bias):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert {c.name: c.passed for c in after.report.checks} == {
         "pass fold_batch_norm": True,
-        "pass remove_dropout": True,
+        "pass remove_identities": True,
     }
     assert aten.batch_norm.default in targets(program), "the program that was given stays as it is"
 
@@ -166,7 +166,7 @@ def test_without_a_wrong_pass_the_others_are_used(monkeypatch):
     monkeypatch.setitem(PASSES, "spoil", spoil)
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout()).eval()
     program = capture(net, torch.randn(3, 4))
-    after = simplify(program, ("spoil", "remove_dropout"), strict=False)
+    after = simplify(program, ("spoil", "remove_identities"), strict=False)
     assert targets(after) == [aten.linear.default, aten.relu.default]
     assert after.report.ok
     assert after.source is program

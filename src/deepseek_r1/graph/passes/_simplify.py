@@ -24,12 +24,10 @@ from ._effects import sweep
 from ._linears import name_linears
 from ._merge import merge_linears
 from ._norms import name_norms
-from ._tidy import remove_dead_code, remove_dropout, remove_identities, share_subexpressions
+from ._tidy import remove_identities, share_subexpressions
 
 #: Passes by name, in the order in which `simplify` runs them. Each returns how many places it changed.
 PASSES: dict[str, Callable[[GraphModule], int]] = {
-    "remove_dead_code": remove_dead_code,
-    "remove_dropout": remove_dropout,
     "remove_identities": remove_identities,
     "fold_constants": fold_constants,
     "share_subexpressions": share_subexpressions,
@@ -64,7 +62,7 @@ def simplify(program: Program, passes: Sequence[str] | None = None, *, strict: b
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout())
         >>> simple = simplify(capture(net, torch.randn(2, 4)))
         >>> [row.metric for row in simple.report.rows if row.unit == "nodes"]
-        ['pass remove_dropout', 'pass fold_batch_norm']
+        ['pass remove_identities', 'pass fold_batch_norm']
     """
     names = list(PASSES) if passes is None else list(passes)
     if unknown := [name for name in names if name not in PASSES]:
@@ -114,6 +112,8 @@ def _simplified(program: Program, names: list[str], report: Report) -> Program:
 
     def change(module: GraphModule) -> int:
         total = 0
+        # Passes ask who uses a value; what nobody needs does not count.
+        sweep(module.graph)
         for name in names:
             nodes, known = _size(module), _constants(module)
             places, error = _run(name, module, judge)

@@ -1,4 +1,4 @@
-"""Passes that take nodes away without changing a number: dead code, dropout, no-operations, repeated work."""
+"""Passes that take nodes away without changing a number: no-operations, repeated work."""
 
 from __future__ import annotations
 
@@ -10,28 +10,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..editing import argument, constant_of
-from ._effects import Aliases, is_pure, sweep
+from ._effects import Aliases, is_pure
 
 aten = torch.ops.aten
-_DROPOUT = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
-
-
-def remove_dead_code(module: GraphModule) -> int:
-    """Remove what no output and no written buffer needs."""
-    return sweep(module.graph)
-
-
-def remove_dropout(module: GraphModule) -> int:
-    """Remove dropout that was captured in evaluation mode."""
-    nodes = [n for n in module.graph.nodes if n.target in _DROPOUT and argument(n, 2) is False]
-    for node in nodes:
-        node.replace_all_uses_with(node.args[0])
-        module.graph.erase_node(node)
-    return len(nodes)
 
 
 def remove_identities(module: GraphModule) -> int:
-    """Remove what gives its input back: casts, copies, views, slices, permutations, x * 1, x + 0, cat of one.
+    """Remove what gives its input back: dropout in evaluation mode, casts, copies, views, slices, permutations, x * 1.
 
     Assertions about a tensor's dtype and device go too: in a static graph they hold for every input that fits.
     """
@@ -137,6 +122,10 @@ def _neutral(number: float) -> Callable[[GraphModule, Node], bool]:
     return lambda module, node: constant_scalar(module, argument(node, 1)) == number
 
 
+def _evaluates(module: GraphModule, node: Node) -> bool:
+    return argument(node, 2) is False
+
+
 def _keeps_format(module: GraphModule, node: Node) -> bool:
     # A flag that is set asks for a copy.
     plain = True not in (*node.args[1:], *node.kwargs.values())
@@ -154,6 +143,7 @@ def _one(module: GraphModule, node: Node) -> bool:
 
 #: Operators that give their first input back, if the condition holds and sizes and dtype stay the same.
 _RULES: dict[Any, Callable[[GraphModule, Node], bool]] = {
+    aten.dropout.default: _evaluates, aten.feature_dropout.default: _evaluates, aten.alpha_dropout.default: _evaluates,
     aten.to.dtype: _keeps_format, aten.to.device: _keeps_format, aten.to.dtype_layout: _keeps_format,
     aten.to.other: _keeps_format, aten._to_copy.default: _keeps_format, aten.clone.default: _keeps_format,
     aten.type_as.default: _always, aten.lift_fresh_copy.default: _always, aten.detach.default: _always,
