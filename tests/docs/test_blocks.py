@@ -3,11 +3,12 @@
 - a `python` block runs in one namespace with the others of its page; with `title="name"` it is a file instead
 - of a `console` or `bash` block, the lines that begin with `$ ` run; one without such lines runs whole
 - a `text` block right behind another block is what that block prints
-- `<!-- not run: reason -->` before a block leaves it out
+- `<!-- not run: reason -->` before a block leaves it out; `<!-- needs: a, b -->` where those packages are not installed
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 #: README.zh-CN.md has the blocks of README.md, which a test compares; docs/cli.md is compared with the help pages.
 LEFT_OUT = {"docs/cli.md"}
 _FENCE = re.compile(
-    r"(?P<skip><!-- not run: (?P<reason>[^>]+?) -->\s*)?^```(?P<kind>\w+)(?P<info>[^\n]*)\n(?P<code>.*?)^```$",
+    r"(?P<skip><!-- (?:needs: (?P<needs>[^>]+?)|not run: [^>]+?) -->\s*)?"
+    r"^```(?P<kind>\w+)(?P<info>[^\n]*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -36,7 +38,9 @@ def blocks(text: str) -> list[dict[str, str]]:
         if kind == "text" and not gap.strip():
             found[-1]["prints"] = code
         end = None
-        if kind not in ("python", "console", "bash") or match["skip"]:
+        needs = match["needs"].split(", ") if match["needs"] else []
+        missing = [package for package in needs if importlib.util.find_spec(package) is None]
+        if kind not in ("python", "console", "bash") or missing or (match["skip"] and not needs):
             continue
         title = re.search(r'title="([^"]+)"', match["info"])
         lines = [line[2:] for line in code.splitlines() if line.startswith("$ ")]
@@ -133,6 +137,20 @@ def test_blocks_are_told_apart():
         rm everything
         ```
 
+        <!-- needs: json, no_such_package -->
+        ```python
+        import no_such_package
+        ```
+
+        ```text
+        not printed
+        ```
+
+        <!-- needs: json, torch -->
+        ```python
+        import json, torch
+        ```
+
         ```python title="a.py"
         x = 1
         ```
@@ -146,6 +164,7 @@ def test_blocks_are_told_apart():
     )
     assert blocks(page) == [
         {"kind": "python", "code": "print(1)\n", "prints": "1\n"},
+        {"kind": "python", "code": "import json, torch\n"},
         {"kind": "file", "code": "x = 1\n", "name": "a.py"},
         {"kind": "shell", "code": "echo a\necho b"},
     ]
