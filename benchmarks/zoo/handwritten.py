@@ -40,8 +40,10 @@ class Layer(nn.Module):
 
     def _attend(self, x_BLC: Tensor) -> Tensor:
         batch, length, width = x_BLC.shape
-        split = lambda t: t.view(batch, length, self.heads, width // self.heads).transpose(1, 2)  # noqa: E731
-        q_BHLD, k_BHLD, v_BHLD = split(self.query(x_BLC)), split(self.key(x_BLC)), split(self.value(x_BLC))
+        q_BHLD, k_BHLD, v_BHLD = (
+            made(x_BLC).view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+            for made in (self.query, self.key, self.value)
+        )
         score_BHLL = q_BHLD @ k_BHLD.transpose(-2, -1) / math.sqrt(width // self.heads)
         future_LL = torch.ones(length, length, dtype=torch.bool, device=x_BLC.device).triu(1)
         share_BHLL = self.dropout(score_BHLL.masked_fill(future_LL, float("-inf")).softmax(-1))

@@ -1,4 +1,4 @@
-"""Nested inputs as leaves, by a function made for one nest: a tenth of the time of a walk that knows nothing."""
+"""Nested inputs as leaves, by a function made for one nest, which is faster than a walk that knows nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def reader_of(spec: pytree.TreeSpec) -> Reader | None:
     """The function for a nest of tuples, lists and dictionaries (their keys in the captured order); else None."""
     if spec.is_leaf():
         return _leaf
-    parts = [reader_of(child) for child in spec.children()]
-    if spec.type not in (tuple, list, dict) or any(part is None for part in parts):
+    made = [reader_of(child) for child in spec.children()]
+    parts = [part for part in made if part is not None]
+    if spec.type not in (tuple, list, dict) or len(parts) < len(made):
         return None
     kind, count, keys = spec.type, len(parts), list(spec.context) if spec.type is dict else None
 
@@ -32,7 +33,7 @@ def reader_of(spec: pytree.TreeSpec) -> Reader | None:
         for part, item in zip(parts, value):
             if isinstance(item, torch.Tensor) and part is _leaf:
                 found.append(item)
-            elif not part(item, found):  # type: ignore[misc]
+            elif not part(item, found):
                 return False
         return True
 
