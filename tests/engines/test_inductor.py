@@ -74,6 +74,28 @@ def test_the_layout_of_inputs_does_not_matter():
         assert torch.allclose(run([x])[0], program(x), atol=1e-5)
 
 
+@needs_compiler
+def test_two_threads_never_wait_for_each_other_for_ever(tmp_path):
+    """Freeing an input lets another thread into the compiled function in the middle of a call."""
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16))
+    InductorEngine().build(capture(model, torch.randn(4, 16)), tmp_path, "fp32")
+    code = f"""
+import pathlib, threading, torch
+from deepseek_r1.engines import ENGINES
+run = ENGINES.get("inductor")().open(pathlib.Path({str(tmp_path)!r}), lambda: 1 / 0)
+answers = []
+def work():
+    for _ in range(20_000):
+        answers.append(run([torch.zeros(4, 16)]))
+threads = [threading.Thread(target=work) for _ in range(2)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+print(len(answers))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "40000\n", done.stderr
+
+
 def test_retarget_is_exact(quantised):
     shifted = retarget(quantised)
     x = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(0)) * 3

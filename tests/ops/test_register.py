@@ -62,10 +62,12 @@ def test_another_file_for_the_same_name(swish, built, tmp_path):
         dr1.ops.register_custom_op("swish", other)
 
 
-def test_a_file_that_changed_after_it_was_loaded(c_library):
+def test_a_file_that_changed_after_it_was_loaded(c_library, tmp_path):
     path = c_library(of(text=TEXT.replace("NAME", "changing_one")))
     dr1.ops.register_custom_op("changing_one", path)
-    path.write_bytes(path.read_bytes() + b"x")
+    # In the place of the old file: the one that is loaded must stay whole until this process ends.
+    (tmp_path / "next").write_bytes(path.read_bytes() + b"x")
+    (tmp_path / "next").replace(path)
     with pytest.raises(InputError, match=r"was changed or removed after it was loaded.*new\s+process"):
         dr1.ops.register_custom_op("changing_one", path)
     path.unlink()

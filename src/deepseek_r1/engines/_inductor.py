@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -106,10 +107,15 @@ def package_runner(path: Path) -> Runner:
         loaded = torch._inductor.aoti_load_package(str(path))
     # The object's own call reads its description of nested inputs as JSON each time; the inputs are flat already.
     run_flat = loaded.loader.boxed_run
+    # The call holds Python's global lock, lets go of it for a moment when it frees an input, and takes one caller at a
+    # time: a second thread would wait inside for the first with that lock in hand, and both for ever.
+    busy = threading.Lock()
 
     def run(leaves: Sequence[Any]) -> list[torch.Tensor]:
         # The code reads memory in the order it was compiled for and does not look at strides.
-        outputs = run_flat([v.detach().contiguous() for v in leaves if isinstance(v, torch.Tensor)])
+        inputs = [v.detach().contiguous() for v in leaves if isinstance(v, torch.Tensor)]
+        with busy:
+            outputs = run_flat(inputs)
         return [v for v in outputs if isinstance(v, torch.Tensor)]
 
     return run
