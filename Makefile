@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/deepseek-r1 run digits
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=1
 
 tiny: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m tiny

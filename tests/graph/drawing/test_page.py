@@ -270,7 +270,7 @@ def test_the_picture_is_not_empty(drawing, screenshot):
         assert light[:, x : x + 150].std() > 3
 
 
-def test_a_bert_base_is_drawn_in_less_than_five_seconds(tmp_path, request):
+def test_a_bert_base_is_drawn_in_less_than_five_seconds(tmp_path, request, slower):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.BertConfig()
@@ -294,7 +294,7 @@ def test_a_bert_base_is_drawn_in_less_than_five_seconds(tmp_path, request):
         times.append(time.process_time() - start)
         if times[-1] < 5:
             break
-    assert min(times) < 5
+    assert min(times) < 5 * slower
     assert sum(n.kind == "operator" for n in drawing.nodes) > 250
     shown = open_by(drawing._root, None)
     assert sum(len(g.children) for g in (drawing._root, *drawing._root.groups()) if g.id in shown) <= 42
