@@ -7,7 +7,8 @@ and timed in turns. Where all passes together change 3 % or may do so, either wa
 changed something is compiled and timed as well. (Where they do not, one pass could still gain what another loses; that
 is not looked for.) The program with all passes runs under a second name: how far it is from itself is what the method
 can tell. A pass that gains less than 3 % everywhere is named at the end; it should be deleted. `--without a+b,c` times
-the program without a and b and the one without c instead of one without each pass, and always.
+the program without a and b and the one without c instead of one without each pass, and always. `--device cuda` puts
+module and inputs there in float16, and writes passes_cuda.json.
 
 One model at a time is held in memory. Writes benchmarks/results/passes.json after each model, so that a run that was
 broken off is not lost; `--resume` leaves out the engines of a model that the file has.
@@ -31,7 +32,8 @@ from deepseek_r1.engines import ENGINES, compile_program
 from deepseek_r1.graph import PASSES, Program, as_inputs, capture, simplify
 from deepseek_r1.measure import paired_latency, ratio_interval
 
-RESULT = Path(__file__).parent / "results" / "passes.json"
+_FOLDER = Path(__file__).parent / "results"
+RESULTS = {"cpu": _FOLDER / "passes.json", "cuda": _FOLDER / "passes_cuda.json"}
 #: What a pass must gain on one architecture and engine at least, to stay.
 WORTH = 1.03
 
@@ -62,9 +64,23 @@ def call_of(engine: str, program: Program, leaves: list[Any]) -> Callable[[], ob
 
     def call() -> object:
         with torch.inference_mode():
-            return run(leaves)
+            outputs = run(leaves)
+        if any(v.is_cuda for v in leaves if isinstance(v, torch.Tensor)):
+            torch.cuda.synchronize()
+        return outputs
 
     return call
+
+
+def on_cuda(module: torch.nn.Module, inputs: Any) -> tuple[torch.nn.Module, Any]:
+    """Module and inputs on the GPU; what is a float becomes float16."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.cuda().half() if value.is_floating_point() else value.cuda()
+
+    return module.half().cuda(), pytree.tree_map(move, inputs)
 
 
 def measure(
@@ -105,10 +121,12 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int, seconds: float) -
 
 
 def one_model(
-    entry: Entry, engines: list[str], groups: list[str], rounds: int, seconds: float, small: bool
+    entry: Entry, engines: list[str], groups: list[str], rounds: int, seconds: float, small: bool, device: str
 ) -> dict[str, Any]:
     """All measurements of one architecture."""
     module, inputs = entry.make(small=small)
+    if device == "cuda":
+        module, inputs = on_cuda(module, inputs)
     made, changes = programs(capture(module, inputs), groups)
     args, kwargs = as_inputs(inputs)
     leaves = pytree.tree_leaves((args, kwargs))
@@ -140,16 +158,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=20.0, help="at most this long for one comparison")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--small", action="store_true", help="the zoo's small variants, to try the script")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.small and args.out == RESULT:
+    if args.small and args.out is None:
         parser.error("--small needs --out: small variants are no results")
+    args.out = args.out or RESULTS[args.device]
     torch.set_num_threads(args.threads)
     wanted = args.models.split(",") if args.models else [entry.name for entry in ENTRIES]
     engines = args.engines.split(",") if args.engines else [name for name in ENGINES.names() if name != "null"]
-    document: dict[str, Any] = about("cpu") | {
+    document: dict[str, Any] = about(args.device) | {
         "what": "time without a pass / time with all passes, paired rounds; above 1 the pass gains",
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "models": json.loads(args.out.read_text())["models"] if args.resume and args.out.is_file() else {},
@@ -160,7 +180,7 @@ def main() -> None:
         if entry.name not in wanted or not left:
             continue
         groups = args.without.split(",") if args.without else []
-        found = one_model(entry, left, groups, args.rounds, args.seconds, args.small)
+        found = one_model(entry, left, groups, args.rounds, args.seconds, args.small, args.device)
         document["models"][entry.name] = {**found, "engines": {**known, **found["engines"]}}
         document["best"] = best_gains(document["models"])
         atomic.write_json(args.out, document)

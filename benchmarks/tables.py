@@ -175,11 +175,13 @@ def memory(found: dict[str, Any]) -> str:
     return f"{table(['what', 'measured', 'ratio'], rows)}\n\n{measured_on(found)}"
 
 
-def passes(found: dict[str, Any]) -> str:
+def passes(found: dict[str, Any], on_gpu: dict[str, Any]) -> str:
     """What each pass gains where it gains most."""
     models = found["models"]
     body = []
     for name, row in found["best"].items():
+        other = on_gpu["best"].get(name, row)
+        row = other | {"where": f"{other['where']}, GPU"} if other["gain"] > row["gain"] else row
         changed = sum(change["pass"] == name for model in models.values() for change in model["changes"])
         stays = "yes" if name in PASSES else "no"
         gain = f"{row['gain']:.3f}" if row["where"] else "none that is sure"
@@ -199,7 +201,8 @@ def passes(found: dict[str, Any]) -> str:
     largest = ", ".join(f"{where} {gain:.2f}" for gain, where in together[:8])
     return (
         f"{table(heads, body)}\n\nAll passes together gain most for {largest}. "
-        f"Models measured on each engine: {engines}. {measured_on(found)}"
+        f"Models measured on each engine: {engines}; on the GPU {', '.join(on_gpu['models'])} alone.\n\n"
+        f"{measured_on(found)}\n\n{measured_on(on_gpu)}"
     )
 
 
@@ -210,7 +213,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "int8": (("int8_peers",), int8),
     "custom-op": (("custom_op", "custom_op_cuda"), custom_op),
     "memory": (("memory_and_reload",), memory),
-    "passes": (("passes",), passes),
+    "passes": (("passes", "passes_cuda"), passes),
 }
 
 
