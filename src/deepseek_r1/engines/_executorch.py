@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import operator
 import sys
 import threading
@@ -108,10 +109,46 @@ class ExecuTorchEngine(Engine):
 
 
 def _bounded(program: Program, limits: list[Limit]) -> ExportedProgram:
-    """The program captured again with its dynamic sizes limited."""
+    """The program captured again with its dynamic sizes limited, and attention in operators that XNNPACK has."""
     args, kwargs = program.example_inputs
     most = {(number, axis): size for number, axis, size in limits}
-    return torch_export(program.module(), args, kwargs, program.dynamic_shapes(most))
+    module = program.module()
+    for node in module.graph.nodes:
+        if node.target is aten.scaled_dot_product_attention.default:
+            node.target = _attention
+    module.recompile()
+    return torch_export(module, args, kwargs, program.dynamic_shapes(most))
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` with its care for rows that are masked as a whole kept to the mask.
+
+    PyTorch's own way looks for such rows in all scores, with operators that XNNPACK does not have.
+    """
+    if dropout_p or enable_gqa or not (is_causal or attn_mask is not None):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if is_causal:
+        rows, columns = (torch.arange(v.shape[-2], device=query.device) for v in (query, key))
+        attn_mask = columns <= rows.unsqueeze(-1)
+    assert attn_mask is not None
+    if attn_mask.dtype is torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask.logical_not(), -math.inf)
+    nothing = attn_mask.amax(-1, keepdim=True) == -math.inf
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    score = (query * factor) @ key.transpose(-2, -1) + attn_mask.masked_fill(nothing, 0.0)
+    return score.softmax(-1) @ value * nothing.logical_not().to(value.dtype)
 
 
 def retarget(program: Program) -> Program:
