@@ -68,3 +68,5 @@ def test_masked_attention_of_any_length_and_masks_that_hide_all(causal):
         with torch.no_grad():
             expected = model(x, mask)
         assert torch.allclose(run([x, mask])[0], expected, atol=1e-5)
+    targets = {n.target for n in program.module().graph.nodes}
+    assert torch.ops.aten.scaled_dot_product_attention.default in targets, "the program is left as it was"

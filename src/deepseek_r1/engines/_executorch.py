@@ -112,7 +112,7 @@ def _bounded(program: Program, limits: list[Limit]) -> ExportedProgram:
     """The program captured again with its dynamic sizes limited, and attention in operators that XNNPACK has."""
     args, kwargs = program.example_inputs
     most = {(number, axis): size for number, axis, size in limits}
-    module = program.module()
+    module: GraphModule = program.exported.module(check_guards=False)  # type: ignore[assignment]
     for node in module.graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
             node.target = _attention
