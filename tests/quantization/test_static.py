@@ -9,7 +9,7 @@ from torch import nn
 from deepseek_r1.core import ConfigError, InputError, PluginError
 from deepseek_r1.graph import capture
 from deepseek_r1.models import DigitsNet
-from deepseek_r1.quantization import Int8StaticConfig, quantize
+from deepseek_r1.quantization import PTQConfig, quantize
 
 _q = torch.ops.quantized_decomposed
 
@@ -52,7 +52,7 @@ def sqnr(a, b):
 @pytest.mark.parametrize("rounding", ["compensated", "nearest"])
 def test_networks_stay_close(make, rounding):
     net, x = make()
-    config = Int8StaticConfig(rounding=rounding)
+    config = PTQConfig(rounding=rounding)
     program = quantize(net, dataset=[x[:32], x[32:]], config=config)
     with torch.no_grad():
         fresh = torch.randn(16, *x.shape[1:], generator=torch.Generator().manual_seed(1))
@@ -69,12 +69,12 @@ def test_networks_stay_close(make, rounding):
 
 def test_every_weighted_layer_is_quantised_or_named():
     net, x = digits_like()
-    program = quantize(net, dataset=[x], config=Int8StaticConfig(skip=("blocks.1", "head")))
+    program = quantize(net, dataset=[x], config=PTQConfig(skip=("blocks.1", "head")))
     layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in net.modules())
     skipped = dict(program.report.skipped)
     assert {"blocks.1.conv1", "blocks.1.conv2", "blocks.1.shortcut.0", "head"} == set(skipped)
     assert set(skipped.values()) == {"in the skip list"}
-    assert program.report["layers in int8"].after == layers - 4
+    assert program.report["layers in int8-static"].after == layers - 4
     stored = [v for v in program.exported.state_dict.values() if v.dtype == torch.int8 and v.ndim > 1]
     assert len(stored) == layers - 4
     assert all(v.abs().max() <= 127 for v in stored)
@@ -103,7 +103,7 @@ def test_what_cannot_be_quantised_is_named_with_the_reason():
     assert "embedding" in skipped["words"]
     assert skipped["precise"] == "its weight is torch.float64"
     assert "its weight is not a constant" in skipped.values()
-    assert program.report["layers in int8"].after == 2
+    assert program.report["layers in int8-static"].after == 2
 
 
 def test_shared_weights_stay_shared():
@@ -120,7 +120,7 @@ def test_shared_weights_stay_shared():
     program = quantize(net, dataset=[x])
     stored = {k: v for k, v in program.exported.state_dict.items() if v.dtype == torch.int8 and v.ndim > 1}
     assert len(stored) == 1
-    assert program.report["layers in int8"].after == 3
+    assert program.report["layers in int8-static"].after == 3
     assert sqnr(net(x), program(x)) > 25
 
 
@@ -145,7 +145,7 @@ def test_each_kind_of_layer_alone(layer, shape):
 
     x = torch.randn(shape)
     program = quantize(Twice(), dataset=[x])
-    assert program.report["layers in int8"].after == 1
+    assert program.report["layers in int8-static"].after == 1
     assert sqnr(Twice()(x), program(x)) > 28
 
 
@@ -198,7 +198,7 @@ def test_only_so_many_batches_are_read():
             yield torch.randn(2, 4)
 
     program = quantize(
-        capture(nn.Linear(4, 2), torch.randn(2, 4)), dataset=batches(), config=Int8StaticConfig(calibration_batches=3)
+        capture(nn.Linear(4, 2), torch.randn(2, 4)), dataset=batches(), config=PTQConfig(calibration_batches=3)
     )
     assert program.report["calibration samples"].after == 6
     assert len(read) == 3
@@ -245,7 +245,7 @@ def test_models_that_cannot_be_quantised():
     with pytest.raises(InputError, match="weight of '0' has values that are not finite"):
         quantize(bad, dataset=[X])
     with pytest.raises(InputError, match="skip list"):
-        quantize(nn.Sequential(nn.Linear(4, 4)), dataset=[X], config=Int8StaticConfig(skip=("0",)))
+        quantize(nn.Sequential(nn.Linear(4, 4)), dataset=[X], config=PTQConfig(skip=("0",)))
     with pytest.raises(InputError, match=r"needs a torch\.nn\.Module"):
         quantize("model", dataset=[X])
 
@@ -262,13 +262,15 @@ def test_models_that_cannot_be_quantised():
 )
 def test_options_are_checked(options, message):
     with pytest.raises(ConfigError, match=message):
-        Int8StaticConfig(**options)
+        PTQConfig(**options)
 
 
 def test_bits_and_methods_are_checked():
-    for bits in (4, 16, "8", True):
-        with pytest.raises(ConfigError, match="8 is available now; 4 comes"):
+    for bits in (2, 16, "8", True):
+        with pytest.raises(ConfigError, match="8 or 4 is needed"):
             quantize(nn.Linear(4, 2), bits, dataset=[X])
+    with pytest.raises(ConfigError, match="the config says the bits"):
+        quantize(nn.Linear(4, 2), 4, dataset=[X], config=PTQConfig())
     with pytest.raises(PluginError, match="compression method 'dict'"):
         quantize(nn.Linear(4, 2), dataset=[X], config={"bits": 8})
 

@@ -17,6 +17,7 @@ class EagerEngine(Engine):
     """Runs the graph as it is."""
 
     name = "eager"
+    keeps_groups = True
 
     def build(self, program: Program, folder: Path, precision: str) -> None:
         """Nothing to compile."""

@@ -22,12 +22,14 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from ..core import QUANTISED
 from ..graph import Program, rewrite
 from ..graph._capture import torch_export
-from ..graph.editing import add_constant, constant_of
+from ..graph.editing import add_constant, constant_value
 from ..graph.quiet import quiet_torch
 from . import _bounds
 from ._bounds import Limit
+from ._float_weights import float_groups
 from ._refusals import changes_state, eager_where, not_on_the_cpu, unrolls
 from .base import Engine, Runner
 
@@ -72,7 +74,7 @@ class ExecuTorchEngine(Engine):
         with _quiet_import():
             from executorch.exir import to_edge_transform_and_lower
 
-            exported = _bounded(retarget(program) if precision == "int8" else program, limits)
+            exported = _bounded(retarget(program) if precision in QUANTISED else program, limits)
             # Kernel choices look at the example's sizes and would narrow the bounds to sizes of the same choice.
             with _no_new_guards(exported):
                 edge = to_edge_transform_and_lower(exported, partitioner=[_partitioner(program)])
@@ -155,19 +157,28 @@ def retarget(program: Program) -> Program:
     """Give layers whose results stay float a form that XNNPACK has: it computes int8 from int8 to int8 only.
 
     A linear layer gets activations quantised as they come (their range found at each call), from which XNNPACK
-    computes floats in integers. A convolution gets float weights. Where values are only moved or the largest is picked,
-    the scale before holds behind as well: XNNPACK wants it so, and nothing is rounded twice.
+    computes floats in integers. A convolution gets float weights. So does a layer with stored weights alone, or in 4
+    bits, and its activations stay float too. Where values are only moved or the largest is picked, the scale before
+    holds behind as well: XNNPACK wants it so, and nothing is rounded twice.
     """
 
     def change(module: GraphModule) -> int:
+        groups = float_groups(module)
         layers = [n for n in module.graph.nodes if n.target in (aten.linear.default, *_CONVOLUTIONS)]
-        found = [n for n in layers if _is_stored(n.args[0]) and _is_stored(n.args[1]) and not _becomes_stored(n)]
+        stored = [n for n in layers if _is_stored(n.args[0]) and _is_stored(n.args[1])]
+        found = [n for n in stored if not _is_dynamic(n.args[0]) and not _becomes_stored(n)]
         for node in found:
             if node.target is aten.linear.default:
                 _quantize_dynamically(node)
             else:
                 _float_weight(module, node)
-        return len(found) + sum(_keep_scale(node) for node in module.graph.nodes)
+        alone = [n for n in layers if _is_stored(n.args[1]) and not _is_stored(n.args[0])]
+        for node in alone:
+            _float_weight(module, node)
+        for node in layers:
+            if _is_dynamic(node.args[0]) and not _is_stored(node.args[1]):
+                node.update_arg(0, node.args[0].args[0].args[0])
+        return groups + len(alone) + len(found) + sum(_keep_scale(node) for node in module.graph.nodes)
 
     return rewrite(program, change)
 
@@ -204,11 +215,9 @@ def _quantize_dynamically(node: Any) -> None:
 
 
 def _float_weight(module: GraphModule, node: Any) -> None:
-    back = node.args[1]
-    values = [constant_of(module, v) if isinstance(v, Node) else v for v in back.args]
-    with torch.no_grad():
-        weight = back.target(*values, **back.kwargs)
-    node.update_arg(1, add_constant(module, back, weight, "float_weight"))
+    weight = constant_value(module, node.args[1])
+    assert weight is not None, "a stored weight depends on constants only"
+    node.update_arg(1, add_constant(module, node, weight, "float_weight"))
 
 
 def _partitioner(program: Program) -> Any:
@@ -236,6 +245,10 @@ def _is_product(node: Node) -> bool:
 
 def _is_stored(node: Any) -> bool:
     return isinstance(node, Node) and "dequantize" in str(node.target)
+
+
+def _is_dynamic(node: Any) -> bool:
+    return isinstance(node, Node) and node.target is _q.dequantize_per_token.default
 
 
 def _match_threads() -> None:

@@ -20,11 +20,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx import GraphModule
 
-from ..core import probe
+from ..core import QUANTISED, probe
 from ..graph import Program, rewrite
 from ..graph.quiet import quiet_torch
 from . import _inductor_cuda
 from ._cast import cannot_cast, cast
+from ._float_weights import float_groups
 from ._inductor_cuda import open_runner
 from ._refusals import changes_state, devices, eager_where, is_empty, unrolls
 from .base import Engine, Runner
@@ -55,7 +56,7 @@ class InductorEngine(Engine):
         kinds = devices(program)
         if len(kinds) > 1:
             return f"its tensors are on {' and '.join(sorted(kinds))}"
-        if program.precision == "int8" and kinds != {"cpu"}:
+        if program.precision in QUANTISED and kinds != {"cpu"}:
             return "it has integer kernels for quantised programs on the CPU only"
         return changes_state(program) or unrolls(program)
 
@@ -72,7 +73,7 @@ class InductorEngine(Engine):
         """Compile to a package of machine code and weights."""
         if precision != program.precision:
             program = cast(program, precision)
-        elif precision == "int8":
+        elif precision in QUANTISED:
             program = retarget(program)
         if devices(program) == {"cuda"}:
             _inductor_cuda.build(_contiguous(program), folder)
@@ -131,13 +132,13 @@ def _contiguous(program: Program) -> Program:
 
 
 def retarget(program: Program) -> Program:
-    """Shift quantised activations from int8 to uint8 (zero point + 128), which is exact.
+    """Shift quantised activations from int8 to uint8 (zero point + 128), which is exact; 4-bit weights become float.
 
     Inductor's patterns for oneDNN's integer kernels expect unsigned activations and signed weights.
     """
 
     def change(module: GraphModule) -> int:
-        count = 0
+        count = float_groups(module)
         nodes: list[Any] = list(module.graph.nodes)
         for node in nodes:
             if node.target in (_q.quantize_per_tensor.default, _q.dequantize_per_tensor.default):
@@ -145,6 +146,24 @@ def retarget(program: Program) -> Program:
                 if dtype is torch.int8:
                     node.args = (value, scale, zero + 128, low + 128, high + 128, torch.uint8, *rest)
                     count += 1
+            elif node.target is _q.dequantize_per_token.default:
+                with module.graph.inserting_after(node):
+                    rounded = module.graph.call_function(_rounded_rows, (node.args[0].args[0],))
+                node.replace_all_uses_with(rounded)
+                count += 1
         return count
 
     return rewrite(program, change)
+
+
+def _rounded_rows(value: torch.Tensor) -> torch.Tensor:
+    """What quantising each row with its own range, and back, gives, in float32.
+
+    torch's operators for that compute in float64, and Inductor of torch 2.11 leaves the result so.
+    """
+    low = value.amin(-1, keepdim=True).clamp_max(0.0)
+    high = value.amax(-1, keepdim=True).clamp_min(0.0)
+    scale = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).eps)
+    from_low, from_high = low / scale, high / scale
+    zero = torch.where(from_low + from_high > 1, -128 - from_low, 127 - from_high).clamp(-128, 127).round()
+    return ((value / scale + zero).round().clamp(-128, 127) - zero) * scale

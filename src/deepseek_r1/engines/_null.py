@@ -16,6 +16,7 @@ class NullEngine(Engine):
     """Answers with zeros."""
 
     name = "null"
+    keeps_groups = True
 
     def build(self, program: Program, folder: Path, precision: str) -> None:
         """Nothing to compile."""

@@ -14,6 +14,7 @@ from ..core import UnsupportedOpError
 from ..graph import Program, recurrent_shapes
 from ..graph.quiet import quiet_torch
 from ._onnx_dynamic import INT8_DYNAMIC, quantize_dynamically
+from ._onnx_formats import OPSET, TRANSLATIONS, lower_blocks, needs_translation, unpacked
 from ._onnx_transposes import join_transposes, ranks_of
 from ._onnx_unused import drop_unused
 
@@ -27,9 +28,10 @@ def needs_external_data(program: Program) -> bool:
 
 
 def to_onnx(program: Program, *, external_data: bool = False, precision: str | None = None) -> onnx.ModelProto:
-    """The program in ONNX (opset 20), inputs named as in the graph, outputs `output` or `output_0`, `output_1`, ...
+    """The program in ONNX, inputs named as in the graph, outputs `output` or `output_0`, `output_1`, ...
 
-    Quantised programs get the form that ONNX Runtime fuses, see `retarget`.
+    Opset 20; 21 if layers have 4 bits or dynamic activations, see `_onnx_formats`. Quantised programs get the form that
+    ONNX Runtime fuses, see `retarget`.
 
     Args:
         external_data: take models of any size; the caller writes their weights to a file of their own.
@@ -48,14 +50,18 @@ def to_onnx(program: Program, *, external_data: bool = False, precision: str | N
         plain = [n for n in names if not isinstance(n, str)]
         raise UnsupportedOpError(f"{program.name!r} gives {plain} beside its tensors; ONNX gives tensors only.")
     outputs = ["output"] if len(names) == 1 else [f"output_{i}" for i in range(len(names))]
+    special = needs_translation(program)
+    if special:
+        program = unpacked(program)
     try:
         # Without gradients, because torch decomposes attention with a learned mask by two kernels otherwise, and the
         # reshape that is a view behind the one is none behind the other.
         silent = contextlib.redirect_stdout(io.StringIO())
         with torch.no_grad(), quiet_torch(), recurrent_shapes(decomposing=True), silent:
             exported = torch.onnx.export(
-                program.exported, (), dynamo=True, opset_version=20, verbose=False,
+                program.exported, (), dynamo=True, opset_version=OPSET if special else 20, verbose=False,
                 input_names=program.input_names(), output_names=outputs,
+                custom_translation_table=TRANSLATIONS if special else None,
             )  # fmt: skip
         assert exported is not None
         model: onnx.ModelProto = exported.model_proto
@@ -63,8 +69,10 @@ def to_onnx(program: Program, *, external_data: bool = False, precision: str | N
         raise UnsupportedOpError(f"{program.name!r} has no ONNX form: {_reason(e)}") from e
     join_transposes(model, ranks_of(model))
     _tidy(model, program)
-    if precision == INT8_DYNAMIC:
-        quantize_dynamically(model)
+    if special:
+        lower_blocks(model)
+    if special or precision == INT8_DYNAMIC:
+        quantize_dynamically(model, every=precision == INT8_DYNAMIC)
     retarget(model)
     return model
 

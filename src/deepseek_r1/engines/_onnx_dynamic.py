@@ -19,24 +19,27 @@ from ._onnx_unused import drop_unused
 INT8_DYNAMIC = "int8-dynamic"
 
 
-def quantize_dynamically(model: onnx.ModelProto) -> int:
-    """Give every product with a stored int8 matrix activations quantised at run time; returns how many there were.
+def quantize_dynamically(model: onnx.ModelProto, *, every: bool) -> int:
+    """Give products with a stored int8 matrix activations quantised at run time; returns how many there were.
 
-    All other pairs of quantize and dequantize on activations are taken out: they are what the fixed ranges needed.
+    Args:
+        every: also products whose activations have a fixed range. All other pairs of quantize and dequantize on
+            activations are then taken out: they are what the fixed ranges needed. Else only pairs with a range found
+            at run time are, which kernels for 4-bit weights find themselves.
     """
-    editor = _Editor(model)
+    editor = _Editor(model, every)
     count = 0
     for node in list(model.graph.node):
         if node.op_type in ("MatMul", "Gemm"):
             count += editor.replace(node)
-    if count:
+    if count or not every:
         editor.finish()
     return count
 
 
 class _Editor:
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self._model, self._graph = model, model.graph
+    def __init__(self, model: onnx.ModelProto, every: bool) -> None:
+        self._model, self._graph, self._every = model, model.graph, every
         self._constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
         self._makers = {output: node for node in model.graph.node for output in node.output}
         self._instead: dict[str, list[onnx.NodeProto]] = {}
@@ -91,7 +94,11 @@ class _Editor:
         if back is None or back.op_type != "DequantizeLinear":
             return None
         there = self._makers.get(back.input[0])
-        return there.input[0] if there is not None and there.op_type == "QuantizeLinear" else None
+        if there is None or there.op_type != "QuantizeLinear":
+            return None
+        range_ = self._makers.get(there.input[1])
+        dynamic = range_ is not None and range_.op_type == "DynamicQuantizeLinear"
+        return there.input[0] if dynamic or self._every else None
 
     def _quantized(self, source: str, made: list[onnx.NodeProto]) -> tuple[str, str, str]:
         if source not in self._stored:

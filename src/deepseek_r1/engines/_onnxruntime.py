@@ -19,6 +19,7 @@ from . import _session
 from ._onnx_dynamic import INT8_DYNAMIC
 from .base import Engine, Runner
 
+_q = torch.ops.quantized_decomposed
 _INTEGER_KERNELS = frozenset(
     {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm"}
     | {"DynamicQuantizeMatMul", "MatMulNBits"}
@@ -30,6 +31,7 @@ class OnnxRuntimeEngine(Engine):
 
     name = "onnxruntime"
     portable = True
+    keeps_groups = True
 
     def unavailable(self) -> str:
         """Needs the package."""
@@ -62,6 +64,9 @@ class OnnxRuntimeEngine(Engine):
 
 
 def _is_all_linear(program: Program) -> bool:
-    """Whether it is quantised, and in linear layers only."""
-    stored = [n for n in program.exported.graph.nodes if "dequantize_per_channel" in str(n.target)]
+    """Whether it is quantised with ranges that were fixed, and in linear layers only."""
+    nodes = program.exported.graph.nodes
+    if program.precision != "int8" or not any(n.target is _q.quantize_per_tensor.default for n in nodes):
+        return False
+    stored = [n for n in nodes if n.target is _q.dequantize_per_channel.default]
     return bool(stored) and all(user.target is torch.ops.aten.linear.default for n in stored for user in n.users)

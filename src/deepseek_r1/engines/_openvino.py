@@ -29,6 +29,7 @@ class OpenVinoEngine(Engine):
 
     name = "openvino"
     portable = True
+    keeps_groups = True
 
     def unavailable(self) -> str:
         """Needs the package."""

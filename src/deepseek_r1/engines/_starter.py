@@ -22,6 +22,7 @@ from ..measure import peak_memory_of
 from ._candidate import Candidate
 from ._config import RaceConfig
 from ._contender import ChildContender, Contender, LocalContender, Unreadable
+from ._float_weights import floats_of_groups
 from ._refusals import devices, stored_tensors, tensors_of
 from .base import ENGINES, Engine, Runner
 from .executable import Executable, falls_behind
@@ -83,7 +84,7 @@ class Starter:
             yield Candidate(
                 name=name,
                 prepare=partial(self._prepare, plugin, engine, program, precision, where),
-                size_bytes=_size(program, precision),
+                size_bytes=_size(plugin, program, precision),
                 exact=precision == own,
                 measure_peak=partial(self._peak_memory, engine, program, where),
                 tag=(engine, program, precision, where),
@@ -267,9 +268,11 @@ def _device(program: Program) -> str:
     return next((str(t.device) for t in tensors_of(program)), "cpu")
 
 
-def _size(program: Program, precision: str) -> int:
+def _size(engine: Engine, program: Program, precision: str) -> int:
     """Bytes of the weights in a precision: a float32 program computed in 16 bits still ships what its engine stores."""
-    return program.parameters_bytes // (2 if precision in ("bf16", "fp16") and program.precision == "fp32" else 1)
+    grown = 0 if engine.keeps_groups else floats_of_groups(program)
+    halves = precision in ("bf16", "fp16") and program.precision == "fp32"
+    return (program.parameters_bytes + grown) // (2 if halves else 1)
 
 
 def _free_memory() -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from ..core import UnsupportedOpError
+from ..core import QUANTISED, UnsupportedOpError
 from ..graph import Program
 from ._bounds import beyond, limits
 from ._cast import cannot_cast, cast
@@ -42,7 +42,7 @@ class TensorRtEngine(Engine):
         others = sorted(devices(program) - {"cuda"})
         if others:
             return f"its tensors are on {', '.join(others)}; this engine runs on CUDA"
-        if program.precision == "int8":
+        if program.precision in QUANTISED:
             return "TensorRT takes symmetric activations only, and this program's are affine"
         if needs_external_data(program):
             return "its weights are more than one ONNX file can hold"

@@ -30,10 +30,12 @@ class Engine(ABC):
     Attributes:
         name: the name it is registered under.
         portable: whether its result can be shipped without torch.
+        keeps_groups: whether weights of 4 bits stay that small in its files, instead of becoming floats.
     """
 
     name: str
     portable: bool = False
+    keeps_groups: bool = False
 
     def unavailable(self) -> str:
         """Why the engine cannot run on this machine; empty if it can."""

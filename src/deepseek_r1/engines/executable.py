@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core import ArtifactError, InputError, PluginError, Report, atomic
+from ..core import QUANTISED, ArtifactError, InputError, PluginError, Report, atomic
 from ..graph import Program, Signature, evaluation, simplify
 from .base import ENGINES, Runner, compile_program
 
@@ -24,7 +24,7 @@ _VERSION = attrgetter("_version")
 
 def falls_behind(engine: str, program: Program) -> bool:
     """Whether what was compiled can differ from the weights: eager reads them, a quantised program has its own."""
-    return engine != "eager" and program.precision != "int8"
+    return engine != "eager" and program.precision not in QUANTISED
 
 
 class Executable:

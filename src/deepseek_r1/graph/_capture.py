@@ -160,14 +160,27 @@ def _captured(
     return program
 
 
+_STORED = {
+    "quantized_decomposed::dequantize_per_channel": "int8",
+    "quantized_decomposed::dequantize_per_channel_group": "int4",
+}
 _NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def precision_of(exported: torch.export.ExportedProgram) -> str:
-    """The narrowest floating-point type among the weights, by name; "fp32" where there are none."""
+    """The narrowest type among the weights, by name; "fp32" where there are none."""
+    if (quantised := quantised_precision(exported.graph)) is not None:
+        return quantised
     found = [t.dtype for t in exported.state_dict.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
     narrow = min(found, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
     return _NAMES.get(narrow, "fp32")
+
+
+def quantised_precision(graph: torch.fx.Graph) -> str | None:
+    """What a graph that reads stored integers is called: by their bits, or "mixed"; None if it reads none."""
+    names = {getattr(getattr(node.target, "_schema", None), "name", "") for node in graph.nodes}
+    found = [precision for name, precision in _STORED.items() if name in names]
+    return "mixed" if len(found) > 1 else next(iter(found), None)
 
 
 def as_inputs(example_inputs: Any) -> tuple[Args, Kwargs]:

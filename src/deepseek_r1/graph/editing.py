@@ -70,6 +70,21 @@ def constant_of(module: GraphModule, node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def constant_value(module: GraphModule, node: Any) -> torch.Tensor | None:
+    """The tensor that a node gives if it depends on constants only, worked out; else None."""
+    if not isinstance(node, Node) or node.op == "get_attr":
+        return constant_of(module, node)
+    if node.op != "call_function" or not node.all_input_nodes:
+        return None
+    sources = {source: constant_value(module, source) for source in node.all_input_nodes}
+    if any(tensor is None for tensor in sources.values()):
+        return None
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: sources[n])
+    with torch.no_grad():
+        result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result
+
+
 def add_constant(module: GraphModule, like: Node, tensor: torch.Tensor, name: str) -> Node:
     """A `get_attr` node before `like` for a new buffer; `name` is made unique."""
     unique, number = name, 0

@@ -8,7 +8,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -171,11 +171,15 @@ class Program:
                     digest.update(plain.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the program (and its float parent) to one file, whole or not at all."""
+    def save(self, path: str | os.PathLike[str], *, with_parent: bool = True) -> Path:
+        """Write the program to one file, whole or not at all.
+
+        Args:
+            with_parent: also the float parent of a quantised program, which `optimize` races it against.
+        """
         from ._container import save
 
-        return save(self, path)
+        return save(self if with_parent else replace(self, parent=None), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Program:

@@ -1,4 +1,4 @@
-"""Operators as plain functions on tensors: the door for operators written in C++. Knows no layers.
+"""Operators as plain functions on tensors: the door for operators written in C++, packed integers. Knows no layers.
 
 After `register_custom_op("swish", path)` this package has the operator as `swish` and as the module `Swish`.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 from ._build import BuildError, MissingCompilerError, build_op, include_dir
 from ._library import Attribute, Description, describe
+from ._packing import pack_uint4, unpack_uint4
 from ._register import NAMESPACE, CustomOp, libraries, register_custom_op, registered, registered_names
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "describe",
     "include_dir",
     "libraries",
+    "pack_uint4",
     "register_custom_op",
+    "unpack_uint4",
 ]
 
 

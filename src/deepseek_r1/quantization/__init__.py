@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+from ..core import (
+    BFloat16,
+    Float32,
+    Int4Dynamic,
+    Int4Format,
+    Int4Weight,
+    Int8Dynamic,
+    Int8Static,
+    Int8Weight,
+    LayerFormat,
+)
+from ._ptq import PTQConfig, quantize_program
 from ._quantize import METHODS, quantize
-from ._static import Int8StaticConfig, quantize_static
 
-__all__ = ["METHODS", "Int8StaticConfig", "quantize", "quantize_static"]
+__all__ = [
+    "METHODS",
+    "BFloat16",
+    "Float32",
+    "Int4Dynamic",
+    "Int4Format",
+    "Int4Weight",
+    "Int8Dynamic",
+    "Int8Static",
+    "Int8Weight",
+    "LayerFormat",
+    "PTQConfig",
+    "quantize",
+    "quantize_program",
+]

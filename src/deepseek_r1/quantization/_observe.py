@@ -78,7 +78,12 @@ class Ranges:
         """The range to quantise: all of it ("minmax"), or the part with the smallest squared error ("mse").
 
         Source of the squared-error search: Banner et al., Post-training 4-bit quantization, 2019; here by grid.
+
+        Raises:
+            InputError: the batches held no values.
         """
+        if node not in self.low:
+            raise InputError("calibration saw no values; the batches are empty.")
         low, high = min(self.low[node], 0.0), max(self.high[node], 0.0)
         if clip == "minmax" or low == high:
             return low, high

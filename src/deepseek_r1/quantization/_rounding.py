@@ -9,14 +9,15 @@ Equalization and Bias Correction, 2019 (bias correction, here with measured mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ..core import IntFormat
+from ..core import UINT4, IntFormat
 from ..graph.editing import argument
+from ._groups import Grouped
 from ._observe import watch
 
 aten = torch.ops.aten
@@ -93,21 +94,44 @@ def _columns(layer: Node, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor
     return x.reshape(groups, channels // groups * kernel, -1)
 
 
-def _error(stored: torch.Tensor, exact: torch.Tensor, scale: torch.Tensor, moments: Moments) -> torch.Tensor:
-    """Mean squared error [groups, out] of each output once its mean error is taken out."""
-    change = exact - stored * scale[:, :, None]
-    mean = torch.einsum("goi,gi->go", change, moments.mean)
-    return torch.einsum("goi,gij,goj->go", change, moments.second, change) - mean**2
-
-
 def _each(value: Any, count: int) -> list[int]:
     return [value] * count if isinstance(value, int) else list(value) * (count if len(value) == 1 else 1)
+
+
+@dataclass
+class _Grid:
+    """What integers stand for: real = (stored - zero) * scale. Both [groups, out, inputs], or 1 in their last place."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    low: int
+    high: int
+
+    def nearest(self, real: torch.Tensor, columns: slice | int = slice(None)) -> torch.Tensor:
+        """Integers for some columns of real numbers."""
+        stored = torch.round(real / self._of(self.scale, columns) + self._of(self.zero, columns))
+        return torch.clamp(stored, self.low, self.high)
+
+    def real(self, stored: torch.Tensor, columns: slice | int = slice(None)) -> torch.Tensor:
+        """What some columns of integers stand for."""
+        return (stored - self._of(self.zero, columns)) * self._of(self.scale, columns)
+
+    @staticmethod
+    def _of(values: torch.Tensor, columns: slice | int) -> torch.Tensor:
+        if values.shape[2] == 1:
+            return values[:, :, 0] if isinstance(columns, int) else values
+        return values[:, :, columns]
+
+    def ordered(self, order: torch.Tensor) -> _Grid:
+        """The grid with its inputs in another order."""
+        scale, zero = (v if v.shape[2] == 1 else v[:, :, order] for v in (self.scale, self.zero))
+        return _Grid(scale, zero, self.low, self.high)
 
 
 def round_weight(
     weight: torch.Tensor, scales: torch.Tensor, moments: Moments, fmt: IntFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stored integers for fixed scales, and the mean error they leave in each output.
+    """Stored integers for one fixed scale an output, and the mean error they leave in each output.
 
     Args:
         weight: [out, in / groups, ...] float.
@@ -119,27 +143,74 @@ def round_weight(
     """
     groups, inputs = moments.mean.shape
     exact = weight.detach().double().reshape(groups, -1, inputs)
-    scale = scales.double().reshape(groups, -1)
+    scale = scales.double().reshape(groups, -1, 1)
+    stored, missing = _compensated(exact, _Grid(scale, torch.zeros_like(scale), *fmt.range), moments)
+    return stored.to(torch.int8).reshape(weight.shape), missing.reshape(-1)
+
+
+def round_groups(weight: torch.Tensor, grouped: Grouped, moments: Moments) -> tuple[Grouped, torch.Tensor]:
+    """Other integers for the scales and zero points of a weight in 4 bits, and the mean error they leave.
+
+    The inputs that move most come first, while there are others left to take up their error.
+
+    Args:
+        weight: [out, in] float.
+        moments: of the layer's inputs.
+
+    Returns:
+        The weight in 4 bits; float64 [out], to be added to the bias.
+    """
+    size = grouped.group_size
+    scale, zero = (v.double().repeat_interleave(size, 1).unsqueeze(0) for v in (grouped.scales, grouped.zeros))
+    exact = weight.detach().double().unsqueeze(0)
+    order = moments.second[0].diagonal().argsort(descending=True, stable=True)
+    stored, missing = _compensated(exact, _Grid(scale, zero, *UINT4), moments, order)
+    return replace(grouped, values=stored[0].to(torch.uint8)), missing.reshape(-1)
+
+
+def _compensated(
+    exact: torch.Tensor, grid: _Grid, moments: Moments, order: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers [groups, out, inputs] of a grid, and the mean error [groups, out] they leave.
+
+    Args:
+        order: in which the inputs are rounded; by default as they stand.
+    """
     second = moments.second.clone()
     diagonal = second.diagonal(dim1=1, dim2=2)
     # An input that is always zero says nothing; 1 keeps the matrix invertible and leaves its weight to plain rounding.
     diagonal += _DAMPING * diagonal.mean(1, keepdim=True) + (diagonal.mean(1, keepdim=True) == 0)
+    if order is None:
+        stored = _passed_on(exact, grid, second)
+    else:
+        back = order.argsort()
+        stored = _passed_on(exact[:, :, order], grid.ordered(order), second[:, order][:, :, order])[:, :, back]
+    nearest = grid.nearest(exact)
+    # Compensation is greedy and the matrix damped, so that in a rare row plain rounding does less harm.
+    worse = _error(exact - grid.real(stored), moments) > _error(exact - grid.real(nearest), moments)
+    stored = torch.where(worse[:, :, None], nearest, stored)
+    return stored, torch.einsum("goi,gi->go", exact - grid.real(stored), moments.mean)
+
+
+def _passed_on(exact: torch.Tensor, grid: _Grid, second: torch.Tensor) -> torch.Tensor:
+    """Round one input after the other; those behind it take up its error."""
+    inputs = exact.shape[2]
     upper = torch.linalg.cholesky(torch.linalg.inv(second), upper=True)
-    low, high = fmt.range
     work, stored = exact.clone(), torch.zeros_like(exact)
     for start in range(0, inputs, _BLOCK):
         # Errors reach the rest of their block at once, and the inputs behind it in one product per block.
         stop = min(start + _BLOCK, inputs)
         errors = torch.zeros_like(work[:, :, start:stop])
         for i in range(start, stop):
-            stored[:, :, i] = torch.clamp(torch.round(work[:, :, i] / scale), low, high)
-            error = (work[:, :, i] - stored[:, :, i] * scale) / upper[:, i, i][:, None]
+            stored[:, :, i] = grid.nearest(work[:, :, i], i)
+            error = (work[:, :, i] - grid.real(stored[:, :, i], i)) / upper[:, i, i][:, None]
             work[:, :, i:stop] -= error[:, :, None] * upper[:, i, i:stop][:, None, :]
             errors[:, :, i - start] = error
         work[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
-    nearest = torch.clamp(torch.round(exact / scale[:, :, None]), low, high)
-    # Compensation is greedy and the matrix damped, so that in a rare row plain rounding does less harm.
-    worse = _error(stored, exact, scale, moments) > _error(nearest, exact, scale, moments)
-    stored = torch.where(worse[:, :, None], nearest, stored)
-    missing = torch.einsum("goi,gi->go", exact - stored * scale[:, :, None], moments.mean)
-    return stored.to(torch.int8).reshape(weight.shape), missing.reshape(-1)
+    return stored
+
+
+def _error(change: torch.Tensor, moments: Moments) -> torch.Tensor:
+    """Mean squared error [groups, out] of each output once its mean error is taken out."""
+    mean = torch.einsum("goi,gi->go", change, moments.mean)
+    return torch.einsum("goi,gij,goj->go", change, moments.second, change) - mean**2

@@ -1,0 +1,278 @@
+"""Post-training quantisation: every layer of a program in the format that was chosen for it.
+
+Activations of static layers get one quantize/dequantize pair for each consumer: before every quantised operator, and
+*behind* an activation function that follows one, so that engines can fuse operator and function into one integer
+kernel. Activations of dynamic layers get theirs with a range that is found at each call. Weights are stored as integers
+with one dequantize node for each layer.
+
+Sources: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
+2018; those of the weights are in `_groups` and `_rounding`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule, Node
+
+from ..core import INT8_ACTIVATION, ConfigError, Float32, InputError, Int8Static, LayerFormat, Report, progress
+from ..data import unpack_batch
+from ..graph import PASSES, Program, rewrite, simplify
+from ..graph.editing import argument, own_weights
+from ._groups import METHODS
+from ._insert import insert_dynamic_pair, insert_pair, store_weight
+from ._layers import Layer, find_layers
+from ._observe import Ranges
+from ._rounding import observe_moments
+
+aten = torch.ops.aten
+_ADD = (aten.add.Tensor, aten.add_.Tensor)
+#: Activation functions that engines fuse into the operator before them; the pair goes behind.
+_FUSED = (
+    aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default,
+    aten.clamp.default, aten.clamp_min.default,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTQConfig:
+    """Options of post-training quantisation.
+
+    Attributes:
+        format: of every layer that `layers` does not name.
+        layers: formats by name of a layer, or by the start of names up to a dot ("encoder.layer.0").
+        activation_clip: "minmax" or "mse" (the clipping limit with the smallest squared error).
+        weight_clip: the same for each output channel of 8-bit weights.
+        group_clip: "minmax", "mse" or "hqq" for each group of 4-bit weights.
+        rounding: "nearest", or "compensated" (GPTQ and bias correction, see `_rounding`), which needs data.
+        calibration_batches: at most this many batches of the dataset are used.
+        skip: parts of layer names (as in `named_modules`) that stay float.
+
+    Example:
+        >>> from deepseek_r1.core import Int4Weight
+        >>> PTQConfig(format=Int4Weight(group_size=32), layers={"head": Int8Static()}).format_of("head").name
+        'int8-static'
+    """
+
+    format: LayerFormat = field(default_factory=Int8Static)
+    layers: Mapping[str, LayerFormat] = field(default_factory=dict)
+    activation_clip: str = "mse"
+    weight_clip: str = "mse"
+    group_clip: str = "hqq"
+    rounding: str = "compensated"
+    calibration_batches: int = 32
+    skip: tuple[str, ...] = ()
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "activation_clip": ("minmax", "mse"), "weight_clip": ("minmax", "mse"), "group_clip": METHODS,
+            "rounding": ("nearest", "compensated"),
+        }  # fmt: skip
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                either = " or ".join(f'"{v}"' for v in values)
+                raise ConfigError(f"PTQConfig({name}={getattr(self, name)!r}): {either} is needed.")
+        if self.calibration_batches < 1:
+            raise ConfigError(f"PTQConfig(calibration_batches={self.calibration_batches}): at least 1 is needed.")
+        if isinstance(self.skip, str):
+            raise ConfigError(f"PTQConfig(skip={self.skip!r}): a tuple of names is needed: ({self.skip!r},).")
+        for name, fmt in {"format": self.format, **self.layers}.items():
+            if not isinstance(fmt, LayerFormat):
+                raise ConfigError(
+                    f"PTQConfig: {name!r} is given {fmt!r}; a layer format such as Int8Static() is needed."
+                )
+
+    def format_of(self, name: str) -> LayerFormat:
+        """The format of a layer: that of the longest name which it bears or lies in."""
+        parts = name.split(".")
+        inside = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+        return next((self.layers[n] for n in inside if n in self.layers), self.format)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether some format has ranges of activations that data must tell."""
+        return any(fmt.activation == "static" for fmt in (self.format, *self.layers.values()))
+
+
+def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PTQConfig) -> Program:
+    """A program with its layers in the formats of `config`; `parent` of the result is the float program.
+
+    Args:
+        dataset: calibrates; None if no format needs it, and then weights are rounded to the nearest.
+
+    Raises:
+        InputError: the dataset is empty or does not fit, the program is quantised already, or nothing in it can be.
+        ConfigError: a name in `config.layers` is that of no layer.
+    """
+    if program.precision != "fp32":
+        way = "give its float parent" if program.parent is not None else "convert the model first: model.float()"
+        raise InputError(f"the program is {program.precision} already, and quantisation starts from fp32; {way}.")
+    batches = [] if dataset is None else calibration_inputs(program, dataset, config.calibration_batches)
+    # Layers that were merged would share one range of activations, and lose accuracy.
+    simple = simplify(program, [name for name in PASSES if name != "merge_linears"], strict=False)
+    # A snapshot: training the module further must not change half of a quantised program (its biases).
+    parent = rewrite(simple, own_weights, source=None)
+    report = Report(f"quantise {program.name}")
+    used: list[LayerFormat] = []
+
+    def change(module: GraphModule) -> None:
+        formats = _formats(module, config, report, program.name)
+        used.extend(fmt for layer, fmt in formats.items() for _ in layer.nodes)
+        plan = _plan(module, formats, config)
+        ranges = Ranges(module, plan.values)
+        if plan.values:
+            ranges.observe(batches, histogram=config.activation_clip == "mse")
+        _store_weights(module, formats, batches, config)
+        for node in plan.values:
+            insert_pair(module, node, ranges.limits(node, INT8_ACTIVATION, config.activation_clip))
+        insert_dynamic_pair(
+            module, [n for layer, f in formats.items() if f.activation == "dynamic" for n in layer.nodes]
+        )
+        for name, count in Counter(map(str, used)).items():
+            report.add(f"layers in {name}", count, before=0, how="convolutions and linear layers")
+        if plan.additions:
+            report.add("additions in int8", plan.additions, before=0, how="residual additions")
+
+    result = rewrite(parent, change, parent=parent, report=report)
+    result = replace(result, precision=_precision({fmt.weight_bits for fmt in used}))
+    report.add(
+        "weights", result.parameters_bytes, before=parent.parameters_bytes, unit="bytes",
+        how="all parameters and buffers",
+    )  # fmt: skip
+    report.add("calibration samples", sum(_rows(b) for b in batches), how=f"{len(batches)} batches")
+    checked = batches[:1] or [tuple(pytree.tree_leaves(parent.example_inputs))]
+    report.add("output SQNR", _sqnr(parent, result, checked), unit="dB", how="against float, first batch")
+    if config.rounding == "compensated" and not batches:
+        report.note("no data were given: weights were rounded to the nearest instead of in the way that suits the data")
+    return result
+
+
+def _precision(widths: set[int]) -> str:
+    return {frozenset({8}): "int8", frozenset({4}): "int4"}.get(frozenset(widths), "mixed")
+
+
+def calibration_inputs(program: Program, dataset: Iterable[Any], limit: int) -> list[tuple[Any, ...]]:
+    """Flat inputs of the first `limit` batches, checked against the program."""
+    found: list[tuple[Any, ...]] = []
+    for batch in progress.track(dataset, "calibration data", limit):
+        args, kwargs, _ = unpack_batch(batch)
+        if misfit := program.misfit(args, kwargs):
+            raise InputError(f"calibration: {misfit}")
+        found.append(tuple(pytree.tree_leaves((args, kwargs))))
+        if len(found) >= limit:
+            break
+    if not found:
+        raise InputError("calibration needs at least one batch; the dataset is empty.")
+    return found
+
+
+def _formats(module: GraphModule, config: PTQConfig, report: Report, name: str) -> dict[Layer, LayerFormat]:
+    """The layers that are not left in float32, with their formats."""
+    layers = find_layers(module, config.skip, report)
+    known = {layer.name for layer in layers} | {skipped for skipped, _ in report.skipped}
+    for given in config.layers:
+        if not any(n == given or n.startswith(f"{given}.") for n in known):
+            raise ConfigError(f"PTQConfig(layers=...): {given!r} is no layer of {name!r}; there are {sorted(known)}.")
+    found: dict[Layer, LayerFormat] = {}
+    for layer in layers:
+        fmt = config.format_of(layer.name)
+        if reason := layer.misfit(fmt):
+            report.skip(layer.name, reason)
+        elif isinstance(fmt, Float32):
+            report.skip(layer.name, "float32 was chosen for it")
+        else:
+            found[layer] = fmt
+    if not found:
+        raise InputError(f"nothing in {name!r} can be quantised: {dict(report.skipped)}")
+    return found
+
+
+@dataclass
+class _Plan:
+    """Values that get a static pair, and how many of them are there for a residual addition."""
+
+    values: list[Node]
+    additions: int
+
+
+def _plan(module: GraphModule, formats: Mapping[Layer, LayerFormat], config: PTQConfig) -> _Plan:
+    static = {node for layer, fmt in formats.items() if fmt.activation == "static" for node in layer.nodes}
+    values: dict[Node, None] = {}
+    additions = 0
+    for node in module.graph.nodes:
+        if node in static:
+            inputs = [node.args[0]]
+        elif node.target in _ADD and static and _is_residual(node):
+            inputs = list(node.args[:2])
+            # Between layers that stay float an integer addition would only add conversions.
+            if config.format.activation != "static" and not all(v in values for v in inputs):
+                continue
+            additions += 1
+        else:
+            continue
+        for value in (*inputs, _output_of(node)):
+            if isinstance(value, Node) and _is_float(value) and not _is_output(value):
+                values[value] = None
+    return _Plan(list(values), additions)
+
+
+def _is_residual(node: Node) -> bool:
+    """Whether a node adds two computed float tensors of the same shape."""
+    a, b = argument(node, 0), argument(node, 1)
+    if not (isinstance(a, Node) and isinstance(b, Node) and a.op == b.op == "call_function" and _is_float(node)):
+        return False
+    return _is_float(a) and _is_float(b) and a.meta["val"].shape == b.meta["val"].shape and a.meta["val"].ndim >= 3
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def _output_of(node: Node) -> Node:
+    """The node itself, or the activation function that is its only user."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in _FUSED:
+        return users[0]
+    return node
+
+
+def _is_output(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _store_weights(
+    module: GraphModule, formats: Mapping[Layer, LayerFormat], batches: list[tuple[Any, ...]], config: PTQConfig
+) -> None:
+    # What several calls read is rounded to the nearest: compensation, and a bias, suit one.
+    single = [layer for layer, fmt in formats.items() if fmt.is_quantised and len(layer.nodes) == 1]
+    weights = {layer.nodes[0]: layer.weight for layer in single}
+    moments = observe_moments(module, weights, batches) if config.rounding == "compensated" and batches else {}
+    for number, (layer, fmt) in enumerate(formats.items()):
+        store_weight(module, layer, fmt, moments.get(layer.nodes[0]), number, config.weight_clip, config.group_clip)
+
+
+def _rows(inputs: tuple[Any, ...]) -> int:
+    first = next((v for v in inputs if isinstance(v, torch.Tensor) and v.ndim), None)
+    return 1 if first is None else int(first.shape[0])
+
+
+def _sqnr(parent: Program, result: Program, batches: list[tuple[Any, ...]]) -> float:
+    signal = noise = 0.0
+    _, tree = pytree.tree_flatten(parent.example_inputs)
+    for leaves in batches:
+        args, kwargs = pytree.tree_unflatten(list(leaves), tree)
+        with torch.no_grad():
+            pairs = zip(pytree.tree_leaves(parent(*args, **kwargs)), pytree.tree_leaves(result(*args, **kwargs)))
+            for a, b in pairs:
+                if isinstance(a, torch.Tensor) and a.is_floating_point():
+                    signal += float((a.double() ** 2).sum())
+                    noise += float(((a.double() - b.double()) ** 2).sum())
+    return 10 * float(torch.log10(torch.tensor(signal / noise))) if noise else float("inf")
