@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from ..core import INT8_ACTIVATION, INT8_WEIGHT, UINT4, Int4Format, LayerFormat
 from ..graph.editing import add_constant, argument, constant_of
-from ..ops import pack_uint4
+from ..ops import pack_uint4, unpack_uint4
 from ._groups import Grouped, quantize_groups
 from ._layers import Layer
 from ._observe import affine, quantize_weight
@@ -82,11 +82,9 @@ def _read_groups(module: GraphModule, first: Node, grouped: Grouped, number: int
         add_constant(module, first, tensor, f"q{number}_{name}")
         for name, tensor in (("packed", pack_uint4(grouped.values)), ("scale", grouped.scales), ("zero", grouped.zeros))
     )
-    # What `ops.unpack_uint4` does, as nodes.
+    # The next capture puts operators in the function's place.
     with module.graph.inserting_before(first):
-        left = module.graph.call_function(aten.bitwise_and.Scalar, (packed, UINT4[1]))
-        right = module.graph.call_function(aten.bitwise_right_shift.Tensor_Scalar, (packed, 4))
-        values = module.graph.call_function(aten.cat.default, ([left, right], -1))
+        values = module.graph.call_function(unpack_uint4, (packed,))
     limits = (*UINT4, torch.uint8, grouped.group_size, torch.float32)
     return _q.dequantize_per_channel_group.default, (values, scales, zeros, *limits)
 

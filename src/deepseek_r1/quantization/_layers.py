@@ -45,13 +45,16 @@ class Layer:
 
     def misfit(self, fmt: LayerFormat) -> str:
         """Why the layer cannot have a format; empty if it can."""
-        size = fmt.group_size if isinstance(fmt, Int4Format) else 1
-        inputs = self.weight[0].numel()
-        if not self.is_linear and (size > 1 or fmt.activation == "dynamic"):
+        if not self.is_linear and (isinstance(fmt, Int4Format) or fmt.activation == "dynamic"):
             return f"{fmt} is for linear layers"
-        if inputs % size:
-            return f"its {inputs} inputs do not divide into groups of {size}"
-        return ""
+        return undivided(fmt, self.weight[0].numel())
+
+
+def undivided(fmt: LayerFormat, inputs: int) -> str:
+    """Why so many inputs do not divide into a format's groups; empty if they do, or it has none."""
+    if isinstance(fmt, Int4Format) and inputs % fmt.group_size:
+        return f"its {inputs} inputs do not divide into groups of {fmt.group_size}"
+    return ""
 
 
 def find_layers(module: GraphModule, skip: Sequence[str], report: Report) -> list[Layer]:
@@ -72,10 +75,11 @@ def find_layers(module: GraphModule, skip: Sequence[str], report: Report) -> lis
             continue
         name = layer_name(node)
         weight = constant_of(module, argument(node, 1))
-        if reason := _why_not(name, weight, skip):
+        reason = unusable(name, weight, skip)
+        if weight is None or reason:
             report.skip(name, reason)
             continue
-        assert weight is not None, "else there was a reason"
+        check_finite(name, weight)
         source = node.args[1]
         if source.target not in found:
             names[name] = names.get(name, 0) + 1
@@ -86,16 +90,19 @@ def find_layers(module: GraphModule, skip: Sequence[str], report: Report) -> lis
     return list(found.values())
 
 
-def _why_not(name: str, weight: torch.Tensor | None, skip: Sequence[str]) -> str:
+def unusable(name: str, weight: torch.Tensor | None, skip: Sequence[str]) -> str:
+    """Why a layer stays float whatever its format; empty if it need not. No weight is none that is constant."""
     if any(part in name for part in skip):
         return "in the skip list"
     if weight is None:
         return "its weight is not a constant"
-    if weight.dtype != torch.float32:
-        return f"its weight is {weight.dtype}"
+    return "" if weight.dtype == torch.float32 else f"its weight is {weight.dtype}"
+
+
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """Raise InputError if a weight has values that are not finite."""
     if not torch.isfinite(weight).all():
         raise InputError(f"the weight of {name!r} has values that are not finite.")
-    return ""
 
 
 def layer_name(node: Node) -> str:

@@ -9,6 +9,7 @@ import torch
 from ..core import INT8_WEIGHT, InputError, Int4Format, LayerFormat, Report
 from ..nn import QuantizedLinear
 from ._groups import quantize_groups
+from ._layers import check_finite, undivided, unusable
 from ._observe import quantize_weight
 from ._ptq import PTQConfig
 
@@ -56,20 +57,17 @@ def quantize_module(module: torch.nn.Module, config: PTQConfig) -> torch.nn.Modu
 
 
 def _why_not(name: str, layer: torch.nn.Linear, fmt: LayerFormat, skip: tuple[str, ...], owners: dict[int, int]) -> str:
-    size = fmt.group_size if isinstance(fmt, Int4Format) else 1
-    if any(part in name for part in skip):
-        return "in the skip list"
-    if not fmt.is_quantised or fmt.activation == "static":
-        return f"{fmt} was chosen for it" if not fmt.is_quantised else f"{fmt} needs data"
-    if layer.weight.dtype != torch.float32:
-        return f"its weight is {layer.weight.dtype}"
-    if owners.get(id(layer.weight), 1) > 1:
-        return "its weight is tied to another layer's"
-    if layer.in_features % size:
-        return f"its {layer.in_features} inputs do not divide into groups of {size}"
-    if not torch.isfinite(layer.weight).all():
-        raise InputError(f"the weight of {name!r} has values that are not finite.")
-    return ""
+    reason = unusable(name, layer.weight, skip)
+    if not reason and not fmt.is_quantised:
+        reason = f"{fmt} was chosen for it"
+    if not reason and fmt.activation == "static":
+        reason = f"{fmt} needs data"
+    if not reason and owners.get(id(layer.weight), 1) > 1:
+        reason = "its weight is tied to another layer's"
+    reason = reason or undivided(fmt, layer.in_features)
+    if not reason:
+        check_finite(name, layer.weight)
+    return reason
 
 
 def _quantised(layer: torch.nn.Linear, fmt: LayerFormat, config: PTQConfig) -> QuantizedLinear:
