@@ -6,61 +6,41 @@ Knows nothing about which layers, ranges and formats were chosen, nor why.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed
 from torch.fx import GraphModule, Node
 
-from ..core import INT8_ACTIVATION, INT8_WEIGHT, UINT4, Int4Format, LayerFormat
+from ..core import INT8_ACTIVATION, INT8_WEIGHT, UINT4
 from ..graph.editing import add_constant, argument, constant_of
 from ..ops import pack_uint4, unpack_uint4
-from ._groups import Grouped, quantize_groups
 from ._layers import Layer
-from ._observe import affine, quantize_weight
-from ._rounding import Moments, round_groups, round_weight
+from ._observe import affine
+from ._weights import StoredWeight
 
 aten = torch.ops.aten
 _q = torch.ops.quantized_decomposed
 
 
-def store_weight(
-    module: GraphModule,
-    layer: Layer,
-    fmt: LayerFormat,
-    moments: Moments | None,
-    number: int,
-    clip: str,
-    group_clip: str,
-) -> None:
-    """Store a layer's weight in a format, and let its nodes read it from there.
+def store_weight(module: GraphModule, layer: Layer, stored: StoredWeight, number: int) -> None:
+    """Put a weight into the graph as it is stored, and let the layer's nodes read it from there.
 
     Args:
-        moments: of what the layer's one node reads, for compensated rounding; None rounds to the nearest.
         number: makes the names of what is stored unique.
-        clip: how the range of 8-bit weights is found; `group_clip` that of 4-bit weights.
     """
     first = next(n for n in module.graph.nodes if n.op == "call_function")
-    missing = None
-    if fmt.weight_bits == 16:
-        stored = (add_constant(module, first, layer.weight.detach().to(torch.bfloat16), f"q{number}_weight"),)
+    if stored.scales is None:
+        low = add_constant(module, first, stored.values, f"q{number}_weight")
         for node in layer.nodes:
-            _compute_in_bfloat16(module, node, stored[0], number)
+            _compute_in_bfloat16(module, node, low)
         return
-    if isinstance(fmt, Int4Format):
-        grouped = quantize_groups(layer.weight, fmt.group_size, symmetric=fmt.symmetric, method=group_clip)
-        if moments is not None:
-            grouped, missing = round_groups(layer.weight, grouped, moments)
-        back = _read_groups(module, first, grouped, number)
-    else:
-        values, scales = quantize_weight(layer.weight, INT8_WEIGHT, clip)
-        if moments is not None:
-            values, missing = round_weight(layer.weight, scales, moments, INT8_WEIGHT)
-        back = _read_channels(module, first, values, scales, number)
+    read = _read_channels if stored.zeros is None else _read_groups
+    back = read(module, first, stored, number)
     for node in layer.nodes:
-        if missing is not None:
-            _correct_bias(module, node, missing, number)
+        if stored.missing is not None:
+            _correct_bias(module, node, stored.missing, number)
         with module.graph.inserting_before(node):
             node.replace_input_with(layer.source, module.graph.call_function(*back))
 
@@ -68,28 +48,32 @@ def store_weight(
 _Call = tuple[Any, tuple[Any, ...]]
 
 
-def _read_channels(module: GraphModule, first: Node, values: torch.Tensor, scales: torch.Tensor, number: int) -> _Call:
-    zeros = torch.zeros(len(scales), dtype=torch.int8, device=scales.device)
-    stored = [
+def _read_channels(module: GraphModule, first: Node, stored: StoredWeight, number: int) -> _Call:
+    assert stored.scales is not None, "integers have scales"
+    zeros = torch.zeros(len(stored.scales), dtype=torch.int8, device=stored.scales.device)
+    parts = [
         add_constant(module, first, tensor, f"q{number}_{name}")
-        for name, tensor in (("weight", values), ("scale", scales), ("zero", zeros))
+        for name, tensor in (("weight", stored.values), ("scale", stored.scales), ("zero", zeros))
     ]
-    return _q.dequantize_per_channel.default, (*stored, 0, *INT8_WEIGHT.range, torch.int8)
+    return _q.dequantize_per_channel.default, (*parts, 0, *INT8_WEIGHT.range, torch.int8)
 
 
-def _read_groups(module: GraphModule, first: Node, grouped: Grouped, number: int) -> _Call:
+def _read_groups(module: GraphModule, first: Node, stored: StoredWeight, number: int) -> _Call:
+    assert stored.scales is not None, "groups have scales"
+    assert stored.zeros is not None, "groups have zero points"
     packed, scales, zeros = (
         add_constant(module, first, tensor, f"q{number}_{name}")
-        for name, tensor in (("packed", pack_uint4(grouped.values)), ("scale", grouped.scales), ("zero", grouped.zeros))
+        for name, tensor in (("packed", pack_uint4(stored.values)), ("scale", stored.scales), ("zero", stored.zeros))
     )
     # The next capture puts operators in the function's place.
     with module.graph.inserting_before(first):
         values = module.graph.call_function(unpack_uint4, (packed,))
-    limits = (*UINT4, torch.uint8, grouped.group_size, torch.float32)
+    size = stored.values.shape[1] // stored.scales.shape[1]
+    limits = (*UINT4, torch.uint8, size, torch.float32)
     return _q.dequantize_per_channel_group.default, (values, scales, zeros, *limits)
 
 
-def _compute_in_bfloat16(module: GraphModule, node: Node, weight: Node, number: int) -> None:
+def _compute_in_bfloat16(module: GraphModule, node: Node, weight: Node) -> None:
     bias = argument(node, 2)
     with module.graph.inserting_before(node):
         low = module.graph.call_function(aten.to.dtype, (node.args[0], torch.bfloat16))
@@ -110,16 +94,18 @@ def _correct_bias(module: GraphModule, node: Node, missing: torch.Tensor, number
     node.args = (*node.args[:2], new, *node.args[3:])
 
 
-def insert_pair(module: GraphModule, node: Node, limits: tuple[float, float]) -> None:
-    """Quantise a value with a fixed range and give each of its users a dequantize node."""
+def insert_pair(
+    module: GraphModule, node: Node, limits: tuple[float, float], users: Collection[Node] | None = None
+) -> None:
+    """Quantise a value with a fixed range and give each of its users, or of some of them, a dequantize node."""
     scale, zero = affine(*limits, INT8_ACTIVATION)
     fixed = (scale, zero, *INT8_ACTIVATION.range, torch.int8)
-    users = list(node.users)
+    readers = [user for user in node.users if users is None or user in users]
     # One pair for each consumer: engines match a pair with the operator behind it, and share the integer tensor.
     with module.graph.inserting_after(node):
         stored = module.graph.call_function(_q.quantize_per_tensor.default, (node, *fixed))
     anchor = stored
-    for user in users:
+    for user in readers:
         with module.graph.inserting_after(anchor):
             anchor = module.graph.call_function(_q.dequantize_per_tensor.default, (stored, *fixed))
         user.replace_input_with(node, anchor)

@@ -19,25 +19,19 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed
 import torch.utils._pytree as pytree
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ..core import INT8_ACTIVATION, ConfigError, Float32, InputError, Int8Static, LayerFormat, Report, progress
 from ..data import unpack_batch
 from ..graph import PASSES, Program, rewrite, simplify
-from ..graph.editing import argument, own_weights
+from ..graph.editing import own_weights
 from ._groups import METHODS
 from ._insert import insert_dynamic_pair, insert_pair, store_weight
 from ._layers import Layer, find_layers
 from ._observe import Ranges
 from ._rounding import observe_moments
-
-aten = torch.ops.aten
-_ADD = (aten.add.Tensor, aten.add_.Tensor)
-#: Activation functions that engines fuse into the operator before them; the pair goes behind.
-_FUSED = (
-    aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default,
-    aten.clamp.default, aten.clamp_min.default,
-)  # fmt: skip
+from ._static import static_plan
+from ._weights import stored_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,20 +119,20 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
     def change(module: GraphModule) -> None:
         formats = _formats(module, config, report, program.name)
         used.extend(fmt for layer, fmt in formats.items() for _ in layer.nodes)
-        plan = _plan(module, formats, config)
+        plan = static_plan(module, formats, additions=config.format.activation == "static")
         ranges = Ranges(module, plan.values)
         if plan.values:
             ranges.observe(batches, histogram=config.activation_clip == "mse")
         _store_weights(module, formats, batches, config)
-        for node in plan.values:
-            insert_pair(module, node, ranges.limits(node, INT8_ACTIVATION, config.activation_clip))
+        for node, readers in plan.values.items():
+            insert_pair(module, node, ranges.limits(node, INT8_ACTIVATION, config.activation_clip), readers)
         insert_dynamic_pair(
             module, [n for layer, f in formats.items() if f.activation == "dynamic" for n in layer.nodes]
         )
         for name, count in Counter(map(str, used)).items():
             report.add(f"layers in {name}", count, before=0, how="convolutions and linear layers")
         if plan.additions:
-            report.add("additions in int8", plan.additions, before=0, how="residual additions")
+            report.add("additions in int8", len(plan.additions), before=0, how="residual additions")
 
     result = rewrite(parent, change, parent=parent, report=report)
     result = replace(result, precision=_precision({fmt.weight_bits for fmt in used}))
@@ -194,60 +188,6 @@ def _formats(module: GraphModule, config: PTQConfig, report: Report, name: str) 
     return found
 
 
-@dataclass
-class _Plan:
-    """Values that get a static pair, and how many of them are there for a residual addition."""
-
-    values: list[Node]
-    additions: int
-
-
-def _plan(module: GraphModule, formats: Mapping[Layer, LayerFormat], config: PTQConfig) -> _Plan:
-    static = {node for layer, fmt in formats.items() if fmt.activation == "static" for node in layer.nodes}
-    values: dict[Node, None] = {}
-    additions = 0
-    for node in module.graph.nodes:
-        if node in static:
-            inputs = [node.args[0]]
-        elif node.target in _ADD and static and _is_residual(node):
-            inputs = list(node.args[:2])
-            # Between layers that stay float an integer addition would only add conversions.
-            if config.format.activation != "static" and not all(v in values for v in inputs):
-                continue
-            additions += 1
-        else:
-            continue
-        for value in (*inputs, _output_of(node)):
-            if isinstance(value, Node) and _is_float(value) and not _is_output(value):
-                values[value] = None
-    return _Plan(list(values), additions)
-
-
-def _is_residual(node: Node) -> bool:
-    """Whether a node adds two computed float tensors of the same shape."""
-    a, b = argument(node, 0), argument(node, 1)
-    if not (isinstance(a, Node) and isinstance(b, Node) and a.op == b.op == "call_function" and _is_float(node)):
-        return False
-    return _is_float(a) and _is_float(b) and a.meta["val"].shape == b.meta["val"].shape and a.meta["val"].ndim >= 3
-
-
-def _is_float(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
-
-
-def _output_of(node: Node) -> Node:
-    """The node itself, or the activation function that is its only user."""
-    users = list(node.users)
-    if len(users) == 1 and users[0].target in _FUSED:
-        return users[0]
-    return node
-
-
-def _is_output(node: Node) -> bool:
-    return any(user.op == "output" for user in node.users)
-
-
 def _store_weights(
     module: GraphModule, formats: Mapping[Layer, LayerFormat], batches: list[tuple[Any, ...]], config: PTQConfig
 ) -> None:
@@ -256,7 +196,10 @@ def _store_weights(
     weights = {layer.nodes[0]: layer.weight for layer in single}
     moments = observe_moments(module, weights, batches) if config.rounding == "compensated" and batches else {}
     for number, (layer, fmt) in enumerate(formats.items()):
-        store_weight(module, layer, fmt, moments.get(layer.nodes[0]), number, config.weight_clip, config.group_clip)
+        stored = stored_weight(
+            layer.weight, fmt, moments.get(layer.nodes[0]), clip=config.weight_clip, group_clip=config.group_clip
+        )
+        store_weight(module, layer, stored, number)
 
 
 def _rows(inputs: tuple[Any, ...]) -> int:

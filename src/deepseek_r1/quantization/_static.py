@@ -1,0 +1,94 @@
+"""Which values of a graph are quantised with fixed ranges, once it is known which layers are. Knows no ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..core import LayerFormat
+from ..graph.editing import argument
+from ._layers import Layer
+
+aten = torch.ops.aten
+_ADD = (aten.add.Tensor, aten.add_.Tensor)
+#: Activation functions that engines fuse into the operator before them; the pair goes behind.
+_FUSED = (
+    aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default,
+    aten.clamp.default, aten.clamp_min.default,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StaticPlan:
+    """Values that get a pair of quantize and dequantize.
+
+    Attributes:
+        values: value -> those that read it quantised; None stands for all. What an integer operator gives is quantised
+            for everybody; what it merely takes stays float for float readers.
+        additions: the residual additions among the operators.
+    """
+
+    values: dict[Node, set[Node] | None]
+    additions: list[Node]
+
+
+def static_plan(module: GraphModule, formats: Mapping[Layer, LayerFormat], *, additions: bool) -> StaticPlan:
+    """The values that static layers and residual additions read and give.
+
+    Args:
+        additions: whether all residual additions become integer operators; else only those between values that are
+            quantised anyway, because elsewhere they would only add conversions.
+    """
+    static = {node for layer, fmt in formats.items() if fmt.activation == "static" for node in layer.nodes}
+    values: dict[Node, set[Node] | None] = {}
+    added = []
+    for node in module.graph.nodes:
+        if node in static:
+            inputs = [node.args[0]]
+        elif node.target in _ADD and static and _is_residual(node):
+            inputs = list(node.args[:2])
+            if not additions and not all(values.get(v, set()) is None for v in inputs):
+                continue
+            added.append(node)
+        else:
+            continue
+        for value in _quantisable(inputs):
+            readers = values.setdefault(value, set())
+            if readers is not None:
+                readers.add(node)
+        for value in _quantisable([output_of(node)]):
+            values[value] = None
+    return StaticPlan(values, added)
+
+
+def _quantisable(values: Iterable[object]) -> list[Node]:
+    return [v for v in values if isinstance(v, Node) and is_float(v) and not _is_output(v)]
+
+
+def _is_residual(node: Node) -> bool:
+    """Whether a node adds two computed float tensors of the same shape."""
+    a, b = argument(node, 0), argument(node, 1)
+    if not (isinstance(a, Node) and isinstance(b, Node) and a.op == b.op == "call_function" and is_float(node)):
+        return False
+    return is_float(a) and is_float(b) and a.meta["val"].shape == b.meta["val"].shape and a.meta["val"].ndim >= 3
+
+
+def is_float(node: Node) -> bool:
+    """Whether a node gives a float32 tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def output_of(node: Node) -> Node:
+    """The node itself, or the activation function that is its only user."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in _FUSED:
+        return users[0]
+    return node
+
+
+def _is_output(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
