@@ -6,22 +6,38 @@ Knows nothing about which layers, ranges and formats were chosen, nor why.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed
 from torch.fx import GraphModule, Node
 
-from ..core import INT8_ACTIVATION, INT8_WEIGHT, UINT4
+from ..core import INT8_ACTIVATION, INT8_WEIGHT, UINT4, LayerFormat
 from ..graph.editing import add_constant, argument, constant_of
 from ..ops import pack_uint4, unpack_uint4
 from ._layers import Layer
 from ._observe import affine
+from ._static import StaticPlan
 from ._weights import StoredWeight
 
 aten = torch.ops.aten
 _q = torch.ops.quantized_decomposed
+
+
+def apply_formats(
+    module: GraphModule,
+    formats: Mapping[Layer, LayerFormat],
+    plan: StaticPlan,
+    weight_of: Callable[[Layer, LayerFormat], StoredWeight],
+    limits_of: Callable[[Node], tuple[float, float]],
+) -> None:
+    """Bring layers into their formats, and the values of a plan into fixed ranges."""
+    for number, (layer, fmt) in enumerate(formats.items()):
+        store_weight(module, layer, weight_of(layer, fmt), number)
+    for node, readers in plan.values.items():
+        insert_pair(module, node, limits_of(node), readers)
+    insert_dynamic_pair(module, [n for layer, f in formats.items() if f.activation == "dynamic" for n in layer.nodes])
 
 
 def store_weight(module: GraphModule, layer: Layer, stored: StoredWeight, number: int) -> None:

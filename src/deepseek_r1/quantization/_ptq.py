@@ -19,17 +19,17 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed
 import torch.utils._pytree as pytree
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..core import INT8_ACTIVATION, ConfigError, Float32, InputError, Int8Static, LayerFormat, Report, progress
 from ..data import unpack_batch
 from ..graph import PASSES, Program, rewrite, simplify
 from ..graph.editing import own_weights
 from ._groups import METHODS
-from ._insert import insert_dynamic_pair, insert_pair, store_weight
+from ._insert import apply_formats
 from ._layers import Layer, find_layers
 from ._observe import Ranges
-from ._rounding import observe_moments
+from ._rounding import Moments, observe_moments
 from ._static import static_plan
 from ._weights import stored_weight
 
@@ -105,14 +105,8 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
         InputError: the dataset is empty or does not fit, the program is quantised already, or nothing in it can be.
         ConfigError: a name in `config.layers` is that of no layer.
     """
-    if program.precision != "fp32":
-        way = "give its float parent" if program.parent is not None else "convert the model first: model.float()"
-        raise InputError(f"the program is {program.precision} already, and quantisation starts from fp32; {way}.")
     batches = [] if dataset is None else calibration_inputs(program, dataset, config.calibration_batches)
-    # Layers that were merged would share one range of activations, and lose accuracy.
-    simple = simplify(program, [name for name in PASSES if name != "merge_linears"], strict=False)
-    # A snapshot: training the module further must not change half of a quantised program (its biases).
-    parent = rewrite(simple, own_weights, source=None)
+    parent = simplified(program)
     report = Report(f"quantise {program.name}")
     used: list[LayerFormat] = []
 
@@ -123,19 +117,21 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
         ranges = Ranges(module, plan.values)
         if plan.values:
             ranges.observe(batches, histogram=config.activation_clip == "mse")
-        _store_weights(module, formats, batches, config)
-        for node, readers in plan.values.items():
-            insert_pair(module, node, ranges.limits(node, INT8_ACTIVATION, config.activation_clip), readers)
-        insert_dynamic_pair(
-            module, [n for layer, f in formats.items() if f.activation == "dynamic" for n in layer.nodes]
-        )
+        moments = _moments(module, formats, batches, config)
+        apply_formats(
+            module, formats, plan,
+            lambda layer, fmt: stored_weight(
+                layer.weight, fmt, moments.get(layer.nodes[0]), clip=config.weight_clip, group_clip=config.group_clip
+            ),
+            lambda node: ranges.limits(node, INT8_ACTIVATION, config.activation_clip),
+        )  # fmt: skip
         for name, count in Counter(map(str, used)).items():
             report.add(f"layers in {name}", count, before=0, how="convolutions and linear layers")
         if plan.additions:
             report.add("additions in int8", len(plan.additions), before=0, how="residual additions")
 
     result = rewrite(parent, change, parent=parent, report=report)
-    result = replace(result, precision=_precision({fmt.weight_bits for fmt in used}))
+    result = precision_of_layers(result, used)
     report.add(
         "weights", result.parameters_bytes, before=parent.parameters_bytes, unit="bytes",
         how="all parameters and buffers",
@@ -148,8 +144,25 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
     return result
 
 
-def _precision(widths: set[int]) -> str:
-    return {frozenset({8}): "int8", frozenset({4}): "int4"}.get(frozenset(widths), "mixed")
+def simplified(program: Program) -> Program:
+    """The program that formats are put into: simplified as suits quantisation, with weights of its own.
+
+    Raises:
+        InputError: the program is not float32.
+    """
+    if program.precision != "fp32":
+        way = "give its float parent" if program.parent is not None else "convert the model first: model.float()"
+        raise InputError(f"the program is {program.precision} already, and quantisation starts from fp32; {way}.")
+    # Layers that were merged would share one range of activations, and lose accuracy.
+    simple = simplify(program, [name for name in PASSES if name != "merge_linears"], strict=False)
+    # A snapshot: training the module further must not change half of a quantised program (its biases).
+    return rewrite(simple, own_weights, source=None)
+
+
+def precision_of_layers(program: Program, formats: Iterable[LayerFormat]) -> Program:
+    """The program, its precision named after the formats of its layers."""
+    widths = frozenset(fmt.weight_bits for fmt in formats)
+    return replace(program, precision={frozenset({8}): "int8", frozenset({4}): "int4"}.get(widths, "mixed"))
 
 
 def calibration_inputs(program: Program, dataset: Iterable[Any], limit: int) -> list[tuple[Any, ...]]:
@@ -188,18 +201,14 @@ def _formats(module: GraphModule, config: PTQConfig, report: Report, name: str) 
     return found
 
 
-def _store_weights(
+def _moments(
     module: GraphModule, formats: Mapping[Layer, LayerFormat], batches: list[tuple[Any, ...]], config: PTQConfig
-) -> None:
+) -> dict[Node, Moments]:
+    if config.rounding == "nearest" or not batches:
+        return {}
     # What several calls read is rounded to the nearest: compensation, and a bias, suit one.
     single = [layer for layer, fmt in formats.items() if fmt.is_quantised and len(layer.nodes) == 1]
-    weights = {layer.nodes[0]: layer.weight for layer in single}
-    moments = observe_moments(module, weights, batches) if config.rounding == "compensated" and batches else {}
-    for number, (layer, fmt) in enumerate(formats.items()):
-        stored = stored_weight(
-            layer.weight, fmt, moments.get(layer.nodes[0]), clip=config.weight_clip, group_clip=config.group_clip
-        )
-        store_weight(module, layer, stored, number)
+    return observe_moments(module, {layer.nodes[0]: layer.weight for layer in single}, batches)
 
 
 def _rows(inputs: tuple[Any, ...]) -> int:

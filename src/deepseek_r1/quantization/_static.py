@@ -50,7 +50,7 @@ def static_plan(module: GraphModule, formats: Mapping[Layer, LayerFormat], *, ad
             inputs = [node.args[0]]
         elif node.target in _ADD and static and _is_residual(node):
             inputs = list(node.args[:2])
-            if not additions and not all(values.get(v, set()) is None for v in inputs):
+            if not additions and not all(v in values for v in inputs):
                 continue
             added.append(node)
         else:

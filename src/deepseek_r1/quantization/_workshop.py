@@ -1,0 +1,124 @@
+"""One float program with everything that its layers can become: weights in each format, ranges, trials.
+
+What is made here is made once, whatever is chosen afterwards. Knows no budget and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from ..core import INT8_ACTIVATION, Float32, Int8Static, LayerFormat, Report, progress
+from ..graph import Program, rewrite
+from ._insert import apply_formats
+from ._layers import Layer, find_layers
+from ._observe import Ranges, affine
+from ._ptq import PTQConfig, precision_of_layers, simplified
+from ._rounding import Moments, observe_moments
+from ._static import static_plan
+from ._trial import Trial
+from ._weights import StoredWeight, stored_weight
+
+#: Formats by name of a layer.
+Choice = Mapping[str, LayerFormat]
+
+
+class Workshop:
+    """A program's layers and what they are in each format.
+
+    Args:
+        program: float32, as it was captured.
+        batches: flat inputs for calibration.
+        config: how ranges and weights are found; its formats are not looked at.
+
+    Attributes:
+        parent: the simplified program that formats are put into; a snapshot of the weights.
+        module: its graph, which trials run.
+        layers: those that a format can be chosen for.
+        skipped: what stays float whatever is chosen, and why.
+    """
+
+    def __init__(self, program: Program, batches: Sequence[tuple[Any, ...]], config: PTQConfig) -> None:
+        self._config = config
+        self.parent = simplified(program)
+        self.module: GraphModule = self.parent.exported.module(check_guards=False)  # type: ignore[assignment]
+        report = Report("layers")
+        self.layers = find_layers(self.module, config.skip, report)
+        self.skipped = report.skipped
+        self._by_name = {layer.name: layer for layer in self.layers}
+        everything = {layer: Int8Static() for layer in self.layers}
+        plan = static_plan(self.module, everything, additions=True)
+        self._ranges = Ranges(self.module, plan.values)
+        self._ranges.observe(list(batches), histogram=config.activation_clip == "mse")
+        self._limits = {
+            node: self._ranges.limits(node, INT8_ACTIVATION, config.activation_clip) for node in plan.values
+        }
+        self._moments = self._observe_moments(list(batches))
+        self._stored: dict[tuple[Layer, int, int, bool], StoredWeight] = {}
+        self.trial = Trial(self.module, self.store, {n: affine(*v, INT8_ACTIVATION) for n, v in self._limits.items()})
+
+    def _observe_moments(self, batches: list[tuple[Any, ...]]) -> dict[Node, Moments]:
+        if self._config.rounding == "nearest":
+            return {}
+        single = {layer.nodes[0]: layer.weight for layer in self.layers if len(layer.nodes) == 1}
+        return observe_moments(self.module, single, batches)
+
+    def store(self, layer: Layer, fmt: LayerFormat) -> StoredWeight:
+        """A layer's weight in a format; formats that differ in their activations alone share it."""
+        group, symmetric = getattr(fmt, "group_size", 0), getattr(fmt, "symmetric", True)
+        key = (layer, fmt.weight_bits, group, symmetric)
+        if key not in self._stored:
+            self._stored[key] = stored_weight(
+                layer.weight, fmt, self._moments.get(layer.nodes[0]),
+                clip=self._config.weight_clip, group_clip=self._config.group_clip,
+            )  # fmt: skip
+        return self._stored[key]
+
+    def store_all(self, formats: Iterable[LayerFormat]) -> None:
+        """Find the weights of all layers in all formats now, and forget what they were found with."""
+        wanted = [(layer, fmt) for layer in self.layers for fmt in formats if not layer.misfit(fmt)]
+        for layer, fmt in progress.track(wanted, "weights", len(wanted)):
+            if not isinstance(fmt, Float32):
+                self.store(layer, fmt)
+        self._moments = {}
+
+    def layer(self, name: str) -> Layer:
+        """The layer of a name."""
+        return self._by_name[name]
+
+    def formats(self, choice: Choice) -> dict[Layer, LayerFormat]:
+        """A choice by layers instead of names, those that stay float32 left out."""
+        return {self._by_name[n]: fmt for n, fmt in choice.items() if not isinstance(fmt, Float32)}
+
+    def uniform(self, fmt: LayerFormat, fixed: Choice) -> dict[str, LayerFormat]:
+        """Every layer in a format, those excepted that cannot have it or that `fixed` names."""
+        free = {layer.name: Float32() if layer.misfit(fmt) else fmt for layer in self.layers}
+        return {**free, **fixed}
+
+    def bytes_of(self, layer: Layer, fmt: LayerFormat) -> int:
+        """Bytes of a layer's weight in a format, with scales and zero points; a weight in groups pays for each."""
+        return fmt.weight_bytes(layer.weight.shape[0], layer.weight[0].numel())
+
+    def build(self, choice: Choice, report: Report | None = None) -> Program:
+        """The program with a choice of formats in it; the parent itself if all stays float32."""
+        chosen = self.formats(choice)
+        if not chosen:
+            return self.parent
+
+        def change(module: GraphModule) -> None:
+            same = {node.name: node for node in self.module.graph.nodes}
+            layers = find_layers(module, self._config.skip, Report("layers"))
+            formats = {layer: choice[layer.name] for layer in layers if not isinstance(choice[layer.name], Float32)}
+            plan = static_plan(module, formats, additions=False)
+            apply_formats(
+                module, formats, plan,
+                lambda layer, fmt: self.store(self._by_name[layer.name], fmt),
+                lambda node: self._limits[same[node.name]],
+            )  # fmt: skip
+
+        result = rewrite(
+            self.parent, change, parent=self.parent, report=report or Report(f"quantise {self.parent.name}")
+        )
+        return precision_of_layers(result, (fmt for layer, fmt in chosen.items() for _ in layer.nodes))
