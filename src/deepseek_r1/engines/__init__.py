@@ -11,7 +11,7 @@ from ._eager import on_one_thread
 from ._onnx import to_onnx
 from ._onnx_dynamic import INT8_DYNAMIC
 from ._optimize import optimize
-from .base import ENGINES, Engine, Runner, compile_program
+from .base import ENGINES, Engine, OperatorTime, Profile, Runner, compile_program
 from .executable import Executable
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "ChoiceCache",
     "Engine",
     "Executable",
+    "OperatorTime",
+    "Profile",
     "RaceConfig",
     "Runner",
     "compile_program",

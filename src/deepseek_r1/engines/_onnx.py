@@ -74,6 +74,9 @@ def to_onnx(program: Program, *, external_data: bool = False, precision: str | N
     if special or precision == INT8_DYNAMIC:
         quantize_dynamically(model, every=precision == INT8_DYNAMIC)
     retarget(model)
+    for node in model.graph.node:
+        # By name the profiler tells operators apart.
+        node.name = node.name or f"node_{node.output[0]}"
     return model
 
 

@@ -17,7 +17,8 @@ from ..graph import Program
 from ..runtime import RUNTIMES
 from . import _session
 from ._onnx_dynamic import INT8_DYNAMIC
-from .base import Engine, Runner
+from ._onnx_profile import OnnxProfile
+from .base import Engine, Profile, Runner
 
 _q = torch.ops.quantized_decomposed
 _INTEGER_KERNELS = frozenset(
@@ -53,6 +54,10 @@ class OnnxRuntimeEngine(Engine):
         """Open a session."""
         session = RUNTIMES.get("onnxruntime")(folder / _session.MODEL, threads=torch.get_num_threads())
         return _session.session_runner(session, folder, program)
+
+    def profile(self, folder: Path) -> Profile:
+        """Times of ONNX Runtime's own profiler."""
+        return OnnxProfile(folder / _session.MODEL, _session.input_places(folder), torch.get_num_threads())
 
     def integer_kernels(self, folder: Path) -> int:
         """How many products and convolutions are integer kernels after ONNX Runtime's own optimisation."""

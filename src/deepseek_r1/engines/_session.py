@@ -47,9 +47,15 @@ def write_model(program: Program, folder: Path, precision: str | None = None) ->
     return folder / MODEL
 
 
+def input_places(folder: Path) -> dict[str, int]:
+    """Which of the program's flat inputs each input of the model is."""
+    places: dict[str, int] = json.loads((folder / INPUTS).read_text())
+    return places
+
+
 def session_runner(session: Session, folder: Path, program: Callable[[], Program]) -> Runner:
     """A session on the program's flat inputs; empty inputs go to PyTorch."""
-    inputs: dict[str, int] = json.loads((folder / INPUTS).read_text())
+    inputs = input_places(folder)
 
     def run(leaves: Sequence[Any]) -> list[torch.Tensor]:
         feeds = {name: leaves[i].detach().contiguous().numpy() for name, i in inputs.items()}

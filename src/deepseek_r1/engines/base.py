@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,33 @@ class Runner(Protocol):
 
     def __call__(self, leaves: Sequence[Any], /) -> list[torch.Tensor]:
         """Run once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorTime:
+    """What one operator of a compiled program took, in the order in which they run.
+
+    Attributes:
+        kind: the engine's name for the operator.
+        ms: median, in milliseconds.
+        weight: numbers in the matrix or kernel that it multiplies with, if that is a constant; else 0.
+        elements: numbers in the largest of its other inputs.
+    """
+
+    kind: str
+    ms: float
+    weight: int
+    elements: int
+
+
+class Profile(Protocol):
+    """A compiled program that is being timed operator by operator."""
+
+    def __call__(self, leaves: Sequence[Any], /) -> None:
+        """Run once."""
+
+    def finish(self) -> list[OperatorTime]:
+        """Times over all runs but the first few; ends the profile."""
 
 
 class Engine(ABC):
@@ -63,6 +91,10 @@ class Engine(ABC):
             program: gives the program, or the one that it was simplified from, whose answers are the same; may be
                 slow the first time, so ask only if the files are not enough.
         """
+
+    def profile(self, folder: Path) -> Profile | None:
+        """What `build` compiled, to be timed operator by operator; None if the engine cannot."""
+        return None
 
 
 def compile_program(

@@ -23,6 +23,7 @@ class OnnxSession:
         model: path of the file, or its bytes.
         threads: threads inside one operator; None leaves the choice to ONNX Runtime.
         write_optimised: where to write the graph as ONNX Runtime runs it, for looking at it.
+        profile: start of the name of a file that `end_profile` writes, with the time of each operator.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class OnnxSession:
         *,
         threads: int | None = None,
         write_optimised: str | os.PathLike[str] | None = None,
+        profile: str | os.PathLike[str] | None = None,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -38,6 +40,9 @@ class OnnxSession:
             options.intra_op_num_threads = threads
         if write_optimised is not None:
             options.optimized_model_filepath = os.fspath(write_optimised)
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = os.fspath(profile)
         source = model if isinstance(model, bytes) else os.fspath(model)
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -52,6 +57,11 @@ class OnnxSession:
             i.name: i.shape[0] for i in self._session.get_inputs() if i.shape and isinstance(i.shape[0], str)
         }
         self._batched = [bool(o.shape) and o.shape[0] in self._batch.values() for o in self._session.get_outputs()]
+
+    def end_profile(self) -> str:
+        """Write what was profiled; returns the file's path."""
+        path: str = self._session.end_profiling()
+        return path
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """All outputs for named inputs.

@@ -1,0 +1,338 @@
+"""What each layer takes in each format on one engine, where it stands in the model, and what neighbours pay to differ.
+
+For each format the whole model is compiled with all layers in it, timed in turns with the others, and profiled. So a
+layer is timed with its real neighbours, fused as it will be, and with the caches as the rest of the model leaves them.
+Knows no accuracy.
+
+Source of the idea to time layers inside their sequence: Intel's mixed precision with time measured on Gaudi 2,
+arXiv 2505.13060, 2025.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Interpreter, Node
+
+from ..core import Float32, LayerFormat, progress
+from ..engines import ENGINES, Engine, OperatorTime, Runner
+from ..graph import Program
+from ..measure import paired_latency
+from ._layers import Layer
+from ._observe import watch
+from ._static import output_of
+from ._workshop import Choice, Workshop
+
+aten = torch.ops.aten
+FLOAT = str(Float32())
+#: Operators behind which a value of an integer layer may stay an integer.
+_TRANSPARENT = (
+    aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default,
+    aten.clamp.default, aten.clamp_min.default, aten.max_pool2d.default, aten.max_pool1d.default, aten.pad.default,
+    aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.permute.default, aten.transpose.int,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.dropout.default,
+)  # fmt: skip
+_ADD = (aten.add.Tensor, aten.add_.Tensor)
+#: Conversions belong to the layer behind them, or to the one before.
+_FOR_THE_NEXT = ("QuantizeLinear", "DynamicQuantizeLinear")
+_FOR_THE_LAST = ("DequantizeLinear",)
+#: Milliseconds of a conversion where none was seen: once, and for each number.
+_CONVERSION = (4e-3, 3e-7)
+_PROFILED_RUNS = 25
+#: By which factor a total may correct the profile of its layers.
+_MOST = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """Two layers of which the second reads what the first gives.
+
+    Attributes:
+        first, second: names of layers.
+        store_ms: of making the value an integer, where only the second wants one.
+        read_ms: of making it a float again, where only the first gives an integer.
+    """
+
+    first: str
+    second: str
+    store_ms: float
+    read_ms: float
+
+    def ms(self, first: LayerFormat, second: LayerFormat) -> float:
+        """What their difference costs."""
+        gives, wants = first.activation == "static", second.activation == "static"
+        return 0.0 if gives == wants else (self.read_ms if gives else self.store_ms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyTable:
+    """Milliseconds by layer and format; what a model takes is their sum.
+
+    Attributes:
+        engine: that they were measured on.
+        base_ms: what is not part of any layer that can be chosen for.
+        layers: name of layer -> name of format -> ms.
+        neighbours: pairs of layers that pay for being different.
+        uniform: name of format -> measured ms of the model with all layers in it.
+        how: how the share of each layer was found.
+        refused: name of format -> why the engine cannot run it.
+    """
+
+    engine: str
+    base_ms: float
+    layers: dict[str, dict[str, float]]
+    neighbours: list[Neighbours] = field(default_factory=list)
+    uniform: dict[str, float] = field(default_factory=dict)
+    how: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def predict(self, choice: Choice) -> float:
+        """Milliseconds of the model with a choice of formats."""
+        layers = sum(row[str(choice[name])] for name, row in self.layers.items())
+        return self.base_ms + layers + sum(n.ms(choice[n.first], choice[n.second]) for n in self.neighbours)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LatencyTable:
+        """What `to_dict` gave."""
+        return cls(**{**values, "neighbours": [Neighbours(**n) for n in values["neighbours"]]})
+
+
+def measure_table(
+    shop: Workshop, engine_name: str, formats: Iterable[LayerFormat], fixed: Choice, leaves: Sequence[Any],
+    *, seconds: float = 20.0,
+) -> LatencyTable:  # fmt: skip
+    """Measure a table on this machine.
+
+    Args:
+        formats: those that are asked about; float32 always is.
+        fixed: layers whose format is not asked about.
+        leaves: flat inputs of the call that is timed.
+        seconds: for timing, once everything is compiled.
+    """
+    engine: Engine = ENGINES.get(engine_name)()
+    choices = {FLOAT: shop.uniform(Float32(), fixed)}
+    for fmt in formats:
+        choice = shop.uniform(fmt, fixed)
+        if choice not in choices.values():
+            choices[str(fmt)] = choice
+    refused: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as scratch:
+        folders: dict[str, Path] = {}
+        programs: dict[str, Program] = {}
+        for number, name in enumerate(progress.track(list(choices), f"compiling for {engine_name}", len(choices))):
+            programs[name] = shop.build(choices[name])
+            folders[name] = Path(scratch) / str(number)
+            folders[name].mkdir()
+            if reason := _build(engine, programs[name], folders[name]):
+                refused[name] = reason
+                del folders[name], programs[name]
+        if FLOAT not in folders:
+            return LatencyTable(engine=engine_name, base_ms=0.0, layers={}, refused=refused)
+        profiles = _profiles(engine, folders, leaves)
+        totals = _totals({n: engine.open(folders[n], _given(programs[n])) for n in folders}, leaves, seconds)
+    sizes = _sizes(shop, leaves)
+    shares = _Shares(shop, leaves, fixed)
+    base, layers = shares.split(profiles, totals, {name: choices[name] for name in totals})
+    table = LatencyTable(
+        engine=engine_name, base_ms=base, layers=layers, uniform=totals, how=shares.how, refused=refused,
+        neighbours=_neighbours(shop, sizes, profiles.get("int8-static", [])),
+    )  # fmt: skip
+    return _fitted(table, choices)
+
+
+def _given(program: Program) -> Any:
+    return lambda: program
+
+
+def _build(engine: Engine, program: Program, folder: Path) -> str:
+    if reason := engine.unsupported(program):
+        return reason
+    try:
+        engine.build(program, folder, program.precision)
+    except Exception as e:  # an engine may raise anything
+        return f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
+    return ""
+
+
+def _profiles(engine: Engine, folders: Mapping[str, Path], leaves: Sequence[Any]) -> dict[str, list[OperatorTime]]:
+    opened = {name: engine.profile(folder) for name, folder in folders.items()}
+    running = {name: profile for name, profile in opened.items() if profile is not None}
+    with torch.no_grad():
+        # In turns, so that what disturbs one disturbs all.
+        for _ in range(_PROFILED_RUNS if running else 0):
+            for profile in running.values():
+                profile(leaves)
+    return {name: profile.finish() for name, profile in running.items()}
+
+
+def _totals(runners: Mapping[str, Runner], leaves: Sequence[Any], seconds: float) -> dict[str, float]:
+    def call(runner: Runner) -> Any:
+        return lambda: runner(leaves)
+
+    times = paired_latency({n: call(r) for n, r in runners.items()}, rounds=40, max_seconds=seconds)
+    return {name: latency.median_ms for name, latency in times.items()}
+
+
+def _sizes(shop: Workshop, leaves: Sequence[Any]) -> dict[Node, int]:
+    """Numbers in what each layer reads, and in what stands behind it, for these inputs."""
+    found: dict[Node, int] = {}
+    nodes = [n for layer in shop.layers for n in layer.nodes]
+    watched = [v for n in nodes for v in (n, output_of(n), n.args[0]) if isinstance(v, Node)]
+    watch(shop.module, watched, [tuple(leaves)], lambda node, value: found.update({node: value.numel()}))
+    return found
+
+
+class _Shares:
+    """Splits the time of a whole model among its layers."""
+
+    def __init__(self, shop: Workshop, leaves: Sequence[Any], fixed: Choice) -> None:
+        self._shop, self._leaves = shop, leaves
+        self._free = [layer.name for layer in shop.layers if layer.name not in fixed]
+        order = {node: i for i, node in enumerate(shop.module.graph.nodes)}
+        calls = [(order[node], layer) for layer in shop.layers for node in layer.nodes]
+        self._calls = [layer for _, layer in sorted(calls, key=lambda c: c[0])]
+        self.how = ""
+
+    def split(
+        self, profiles: Mapping[str, list[OperatorTime]], totals: Mapping[str, float], choices: Mapping[str, Choice]
+    ) -> tuple[float, dict[str, dict[str, float]]]:
+        """What is no free layer's in the float model, and by layer and format what the layer's operators take."""
+        found = {name: self._profiled(profiles[name]) for name in totals if name in profiles}
+        parts = {name: part for name, part in found.items() if part is not None}
+        if len(parts) < len(totals):
+            self.how = "the model timed in each format, shared out as PyTorch's operators take their time"
+            share, parts = self._by_eager(), {}
+            base = (1 - sum(share.values())) * min(totals.values())
+        else:
+            self.how = "the model timed in each format, shared out by the engine's profile"
+            share = {}
+            whole = _sum(profiles[FLOAT])
+            base = max(whole - sum(parts[FLOAT][n] for n in self._free), 0.0) * totals[FLOAT] / whole
+        layers: dict[str, dict[str, float]] = {name: {} for name in self._free}
+        for name in totals:
+            for n in self._free:
+                if str(choices[name][n]) == name:
+                    layers[n][name] = parts.get(name, share)[n]
+        return base, layers
+
+    def _profiled(self, operators: Sequence[OperatorTime]) -> dict[str, float] | None:
+        """Layer -> ms of its operators with the conversions around them; None if they cannot be told apart."""
+        waiting = list(self._calls)
+        found: dict[str, float] = {layer.name: 0.0 for layer in self._shop.layers}
+        owners: list[str | None] = []
+        for operator in operators:
+            layer = next((c for c in waiting if operator.weight and c.weight.numel() == operator.weight), None)
+            if layer is not None:
+                waiting.remove(layer)
+            owners.append(layer.name if layer else None)
+        if len(waiting) > 0.1 * len(self._calls):
+            return None
+        last = None
+        pending = 0.0
+        for operator, owner in zip(operators, owners):
+            if owner is not None:
+                found[owner] += operator.ms + pending
+                last, pending = owner, 0.0
+            elif operator.kind in _FOR_THE_NEXT:
+                pending += operator.ms
+            elif operator.kind in _FOR_THE_LAST and last is not None:
+                found[last] += operator.ms
+        return found
+
+    def _by_eager(self) -> dict[str, float]:
+        clock = _Clock(self._shop.module)
+        with torch.no_grad():
+            for _ in range(5):
+                clock.run(*self._leaves)
+        spent = {n: min(times) for n, times in clock.spent.items()}
+        everything = sum(spent.values())
+        return {name: sum(spent[n] for n in self._shop.layer(name).nodes) / everything for name in self._free}
+
+
+class _Clock(Interpreter):
+    """Seconds of each operator."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.spent: dict[Node, list[float]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        begin = time.perf_counter()
+        value = super().run_node(n)
+        self.spent.setdefault(n, []).append(time.perf_counter() - begin)
+        return value
+
+
+def _sum(operators: Iterable[OperatorTime]) -> float:
+    return max(sum(operator.ms for operator in operators), 1e-9)
+
+
+def _neighbours(shop: Workshop, sizes: Mapping[Node, int], operators: Sequence[OperatorTime]) -> list[Neighbours]:
+    owners = {output_of(node): layer for layer in shop.layers for node in layer.nodes}
+    store = _line([o for o in operators if o.kind == "QuantizeLinear"])
+    read = _line([o for o in operators if o.kind == "DequantizeLinear" and not o.weight])
+    found: dict[tuple[str, str], Neighbours] = {}
+    for layer in shop.layers:
+        for node in layer.nodes:
+            for value in _producers(node.args[0], owners):
+                pair = (owners[value].name, layer.name)
+                size = sizes.get(value, 0)
+                if pair[0] != pair[1] and pair not in found:
+                    found[pair] = Neighbours(
+                        first=pair[0], second=pair[1],
+                        store_ms=store[0] + store[1] * size, read_ms=read[0] + read[1] * size,
+                    )  # fmt: skip
+    return list(found.values())
+
+
+def _producers(value: Any, owners: Mapping[Node, Layer], additions: int = 1) -> list[Node]:
+    """The layers' outputs that a value is, with at most one residual addition and nothing that computes between."""
+    if not isinstance(value, Node):
+        return []
+    if value in owners:
+        return [value]
+    if value.target in _TRANSPARENT and value.args:
+        return _producers(value.args[0], owners, additions)
+    if value.target in _ADD and additions:
+        return [p for part in value.args[:2] for p in _producers(part, owners, additions - 1)]
+    return []
+
+
+def _line(operators: Sequence[OperatorTime]) -> tuple[float, float]:
+    """Milliseconds once, and for each number."""
+    sizes = np.array([o.elements for o in operators], float)
+    if len(set(sizes.tolist())) < 3:
+        return _CONVERSION
+    slope, start = np.polyfit(sizes, np.array([o.ms for o in operators]), 1)
+    return max(float(start), 0.0), max(float(slope), 0.0)
+
+
+def _fitted(table: LatencyTable, choices: Mapping[str, Choice]) -> LatencyTable:
+    """The table with the layers of each format scaled to what its model took, conversions included.
+
+    So what else differs from float (functions that are fused no longer, say) is shared out among them as well. Where
+    few layers change, the difference of two totals is mostly noise, and may not say more than it can know.
+    """
+    layers = {name: dict(row) for name, row in table.layers.items()}
+    for name, total in sorted(table.uniform.items(), key=lambda item: item[0] != FLOAT):
+        choice = choices[name]
+        mine = [n for n in layers if str(choice[n]) == name]
+        others = sum(row[FLOAT] for n, row in layers.items() if n not in mine)
+        paid = sum(n.ms(choice[n.first], choice[n.second]) for n in table.neighbours)
+        spent = sum(layers[n][name] for n in mine)
+        if spent > 0:
+            factor = (total - table.base_ms - others - paid) / spent
+            for n in mine:
+                layers[n][name] *= min(max(factor, 1 / _MOST), _MOST)
+    return replace(table, layers=layers)
