@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._batch import batch_size, unpack_batch
+from ._batch import batch_size, slice_batch, unpack_batch
 from ._digits import digits
 from ._labels import class_dim, class_hits
 from ._load import load_data
@@ -17,6 +17,7 @@ __all__ = [
     "class_hits",
     "digits",
     "load_data",
+    "slice_batch",
     "split",
     "unpack_batch",
 ]

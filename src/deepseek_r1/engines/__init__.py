@@ -5,7 +5,7 @@ An engine does not know where a Program came from.
 
 from __future__ import annotations
 
-from ._cache import ChoiceCache
+from ._cache import ChoiceCache, default_root
 from ._config import RaceConfig
 from ._eager import on_one_thread
 from ._onnx import to_onnx
@@ -25,6 +25,7 @@ __all__ = [
     "RaceConfig",
     "Runner",
     "compile_program",
+    "default_root",
     "on_one_thread",
     "optimize",
     "to_onnx",

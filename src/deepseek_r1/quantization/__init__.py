@@ -13,11 +13,14 @@ from ..core import (
     Int8Weight,
     LayerFormat,
 )
+from ._auto import AutoConfig, AutoQuantizer
 from ._ptq import PTQConfig, quantize_program
 from ._quantize import METHODS, quantize
 
 __all__ = [
     "METHODS",
+    "AutoConfig",
+    "AutoQuantizer",
     "BFloat16",
     "Float32",
     "Int4Dynamic",

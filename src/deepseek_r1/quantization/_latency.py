@@ -180,7 +180,8 @@ def _totals(runners: Mapping[str, Runner], leaves: Sequence[Any], seconds: float
     def call(runner: Runner) -> Any:
         return lambda: runner(leaves)
 
-    times = paired_latency({n: call(r) for n, r in runners.items()}, rounds=40, max_seconds=seconds)
+    with torch.no_grad():
+        times = paired_latency({n: call(r) for n, r in runners.items()}, rounds=40, max_seconds=seconds)
     return {name: latency.median_ms for name, latency in times.items()}
 
 

@@ -170,14 +170,23 @@ def calibration_inputs(program: Program, dataset: Iterable[Any], limit: int) -> 
     found: list[tuple[Any, ...]] = []
     for batch in progress.track(dataset, "calibration data", limit):
         args, kwargs, _ = unpack_batch(batch)
-        if misfit := program.misfit(args, kwargs):
-            raise InputError(f"calibration: {misfit}")
-        found.append(tuple(pytree.tree_leaves((args, kwargs))))
+        found.append(check_inputs(program, args, kwargs))
         if len(found) >= limit:
             break
     if not found:
         raise InputError("calibration needs at least one batch; the dataset is empty.")
     return found
+
+
+def check_inputs(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The inputs of a batch, flat.
+
+    Raises:
+        InputError: they do not fit the program.
+    """
+    if misfit := program.misfit(args, kwargs):
+        raise InputError(f"calibration: {misfit}")
+    return tuple(pytree.tree_leaves((args, kwargs)))
 
 
 def _formats(module: GraphModule, config: PTQConfig, report: Report, name: str) -> dict[Layer, LayerFormat]:

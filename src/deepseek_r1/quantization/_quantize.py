@@ -18,7 +18,10 @@ from ._ptq import PTQConfig
 METHODS = Registry(
     "compression method",
     "deepseek_r1.methods",
-    {"PTQConfig": "deepseek_r1.quantization._ptq:quantize_program"},
+    {
+        "AutoConfig": "deepseek_r1.quantization._auto:quantize_automatically",
+        "PTQConfig": "deepseek_r1.quantization._ptq:quantize_program",
+    },
 )
 
 

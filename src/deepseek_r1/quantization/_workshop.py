@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from ..core import INT8_ACTIVATION, Float32, Int8Static, LayerFormat, Report, progress
+from ..core import INT8_ACTIVATION, ConfigError, Float32, Int8Static, LayerFormat, Report, progress
 from ..graph import Program, rewrite
 from ._insert import apply_formats
 from ._layers import Layer, find_layers
@@ -91,6 +91,24 @@ class Workshop:
     def formats(self, choice: Choice) -> dict[Layer, LayerFormat]:
         """A choice by layers instead of names, those that stay float32 left out."""
         return {self._by_name[n]: fmt for n, fmt in choice.items() if not isinstance(fmt, Float32)}
+
+    def given(self, layers: Choice) -> dict[str, LayerFormat]:
+        """Formats by name of each layer, from formats by name of layers or of what they lie in.
+
+        Raises:
+            ConfigError: a name that is no layer's, or a format that a layer cannot have.
+        """
+        found: dict[str, LayerFormat] = {}
+        for given, fmt in sorted(layers.items(), key=lambda item: len(item[0])):
+            inside = [la for la in self.layers if la.name == given or la.name.startswith(f"{given}.")]
+            if not inside:
+                known = [la.name for la in self.layers]
+                raise ConfigError(f"layers={{{given!r}: ...}}: {given!r} is no layer of the model; there are {known}.")
+            for layer in inside:
+                if reason := layer.misfit(fmt):
+                    raise ConfigError(f"layers={{{given!r}: {fmt}}}: {layer.name!r}: {reason}.")
+                found[layer.name] = fmt
+        return found
 
     def uniform(self, fmt: LayerFormat, fixed: Choice) -> dict[str, LayerFormat]:
         """Every layer in a format, those excepted that cannot have it or that `fixed` names."""

@@ -1,0 +1,206 @@
+"""A choice of formats put to the test: built, run by its engine, timed in turns, judged on data it has not seen."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+
+from ..core import Float32
+from ..engines import ENGINES, Engine, Runner
+from ..graph import Program
+from ..measure import Latency, paired_latency, ratio_interval
+from ._search import Candidate, Goal
+from ._task import Outputs, Task
+from ._workshop import Workshop
+
+MIXED, UNIFORM, FLOAT = "mixed", "uniform", "float"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one form of the model was measured to be.
+
+    Attributes:
+        latency: of one call, on the engine.
+        weights_bytes: all parameters and buffers of the program.
+        file_bytes: what the engine keeps on disk.
+        losses: for each held-out sample how far its answer is from the float model's.
+        drops: for each held-out sample what it loses of quality.
+    """
+
+    latency: Latency
+    weights_bytes: int
+    file_bytes: int
+    losses: np.ndarray
+    drops: np.ndarray
+
+    def costs(self) -> dict[str, float]:
+        """By measure of the solver."""
+        return {"ms": self.latency.median_ms, "bytes": self.weights_bytes, "loss": float(self.losses.mean())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The outcome of one test.
+
+    Attributes:
+        candidate, program: what was tested.
+        uniform: the best format for all layers that was predicted to keep the budget; None if none was.
+        measured: by "mixed", "uniform" and "float".
+        failures: limits that the candidate broke; `uniform_failures` those that the best format for all did.
+        uniform_wins: whether the best format for all is surely better than the candidate.
+    """
+
+    candidate: Candidate
+    program: Program
+    uniform: Candidate | None
+    uniform_program: Program | None
+    measured: Mapping[str, Measured]
+    failures: list[str]
+    uniform_failures: list[str]
+    uniform_wins: bool
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def uniform_kept(self) -> bool:
+        """Whether there is a format for all layers that keeps the budget."""
+        return self.uniform is not None and not self.uniform_failures
+
+    @property
+    def kept(self) -> bool:
+        """Whether the candidate keeps the budget and is not beaten."""
+        return not self.failures and not (self.uniform_kept and self.uniform_wins)
+
+    def as_uniform(self) -> Verdict:
+        """The same test with the best format for all layers as its outcome."""
+        assert self.uniform is not None, "asked only if there is one"
+        assert self.uniform_program is not None, "built with it"
+        why = "; ".join(self.failures) or "it was surely worse"
+        note = f"{self.uniform.title} was taken instead of the solver's choice: {why}"
+        measured = {**self.measured, MIXED: self.measured[UNIFORM]}
+        return replace(
+            self, candidate=self.uniform, program=self.uniform_program, measured=measured, failures=[],
+            notes=[*self.notes, note],
+        )  # fmt: skip
+
+
+class Judge:
+    """Tests candidates against the float model and the best format for all layers.
+
+    Args:
+        program: whose example inputs are timed.
+        held_out: flat inputs and labels.
+        seconds: for timing.
+    """
+
+    def __init__(
+        self, shop: Workshop, engine: str, program: Program, held_out: Sequence[tuple[tuple[Any, ...], Any]],
+        task: Task, goal: Goal, *, seconds: float,
+    ) -> None:  # fmt: skip
+        self._shop, self._task, self._goal, self._seconds = shop, task, goal, seconds
+        self._engine: Engine = ENGINES.get(engine)()
+        self._example = pytree.tree_leaves(program.example_inputs)
+        self._held_out = held_out
+        self._floats = [shop.trial.run({}, leaves) for leaves, _ in held_out]
+        self._kept: dict[str, tuple[Program, Runner, int]] = {}
+
+    @torch.no_grad()
+    def compare(self, candidate: Candidate, uniform: Candidate | None) -> Verdict:
+        """Build, run and time a candidate beside the others."""
+        rivals = {MIXED: candidate, FLOAT: self._float(candidate)}
+        if uniform is not None:
+            rivals[UNIFORM] = uniform
+        ready = {name: self._compiled(rival, keep=name != MIXED) for name, rival in rivals.items()}
+        times = paired_latency(
+            {n: self._call(runner) for n, (_, runner, _) in ready.items()}, rounds=40, max_seconds=self._seconds
+        )
+        measured = {
+            name: Measured(
+                latency=times[name], weights_bytes=program.parameters_bytes, file_bytes=size, **self._answers(runner)
+            )
+            for name, (program, runner, size) in ready.items()
+        }
+        return Verdict(
+            candidate=candidate, program=ready[MIXED][0], uniform=uniform,
+            uniform_program=ready[UNIFORM][0] if uniform is not None else None, measured=measured,
+            failures=self._failures(measured[MIXED]),
+            uniform_failures=self._failures(measured[UNIFORM]) if uniform is not None else [],
+            uniform_wins=uniform is not None and self._surely_better(measured[UNIFORM], measured[MIXED]),
+        )  # fmt: skip
+
+    def _float(self, candidate: Candidate) -> Candidate:
+        return Candidate(dict.fromkeys(candidate.choice, Float32()), {}, "all in float32")
+
+    def _call(self, runner: Runner) -> Any:
+        return lambda: runner(self._example)
+
+    def _compiled(self, candidate: Candidate, *, keep: bool) -> tuple[Program, Runner, int]:
+        key = repr(sorted((name, str(fmt)) for name, fmt in candidate.choice.items()))
+        if key in self._kept:
+            return self._kept[key]
+        program = self._shop.build(candidate.choice)
+        with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as scratch:
+            folder = Path(scratch)
+            self._engine.build(program, folder, program.precision)
+            size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+            made = (program, self._engine.open(folder, lambda: program), size)
+        if keep:
+            self._kept[key] = made
+        return made
+
+    def _answers(self, runner: Runner) -> dict[str, np.ndarray]:
+        losses: list[torch.Tensor] = []
+        drops: list[torch.Tensor] = []
+        for (leaves, labels), floats in zip(self._held_out, self._floats):
+            answers: Outputs = [v for v in runner(leaves) if isinstance(v, torch.Tensor)]
+            losses.append(self._task.divergence(answers, floats))
+            drops.append(self._task.quality(floats, floats, labels) - self._task.quality(answers, floats, labels))
+        return {"losses": torch.cat(losses).numpy(), "drops": torch.cat(drops).numpy()}
+
+    def _failures(self, found: Measured) -> list[str]:
+        costs, units = found.costs(), {"ms": "ms", "bytes": "bytes of weights", "loss": self._task.loss_name}
+        failures = [
+            f"{costs[measure]:.6g} {units[measure]} instead of {limit:.6g}"
+            for measure, limit in self._goal.limits.items()
+            if not costs[measure] <= limit
+        ]
+        drop = float(found.drops.mean())
+        if self._goal.drop is not None and not drop <= self._goal.drop:
+            failures.append(f"{drop:.4g} of {self._task.quality_name} lost instead of {self._goal.drop:g}")
+        return failures
+
+    def _surely_better(self, one: Measured, other: Measured) -> bool:
+        """Whether the first is better in the objective, noise considered; equal times are decided by the loss."""
+        if self._goal.minimise == "bytes":
+            return one.weights_bytes < other.weights_bytes
+        lower, _, upper = loss_interval(one.losses - other.losses)
+        if self._goal.minimise == "loss":
+            return upper < 0
+        slow, _, fast = ratio_interval(other.latency, one.latency)
+        return slow > 1 or (fast >= 1 and upper < 0 and lower < 0)
+
+
+def loss_interval(
+    differences: np.ndarray, *, confidence: float = 0.95, seed: int = 0, draws: int = 2000
+) -> tuple[float, float, float]:
+    """Mean of paired differences, one for each sample, between the ends of its bootstrap interval.
+
+    Source: percentile bootstrap, Efron and Tibshirani, An Introduction to the Bootstrap, 1993.
+
+    Example:
+        >>> low, middle, high = loss_interval(np.array([1.0, 1.5, 0.5, 1.0]))
+        >>> low < middle < high and middle == 1.0
+        True
+    """
+    rng = np.random.default_rng(seed)
+    means = differences[rng.integers(0, len(differences), size=(draws, len(differences)))].mean(axis=1)
+    tail = (1 - confidence) / 2 * 100
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(differences.mean()), float(high)
