@@ -15,6 +15,7 @@ from ..graph import Program, recurrent_shapes
 from ..graph.quiet import quiet_torch
 from ._onnx_dynamic import INT8_DYNAMIC, quantize_dynamically
 from ._onnx_formats import OPSET, TRANSLATIONS, lower_blocks, needs_translation, unpacked
+from ._onnx_pairs import drop_pairs
 from ._onnx_transposes import join_transposes, ranks_of
 from ._onnx_unused import drop_unused
 
@@ -73,6 +74,7 @@ def to_onnx(program: Program, *, external_data: bool = False, precision: str | N
         lower_blocks(model)
     if special or precision == INT8_DYNAMIC:
         quantize_dynamically(model, every=precision == INT8_DYNAMIC)
+    drop_pairs(model)
     retarget(model)
     for node in model.graph.node:
         # By name the profiler tells operators apart.

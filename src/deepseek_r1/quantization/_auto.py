@@ -61,7 +61,8 @@ class AutoConfig:
         cache: folder for what a search finds out; by default the user's cache.
 
     Example:
-        >>> AutoConfig(engine="onnxruntime", layers={"head": Float32()}).minimise
+        >>> from deepseek_r1.core import Int8Weight
+        >>> AutoConfig(engine="onnxruntime", layers={"head": Int8Weight()}).minimise
         'auto'
     """
 
@@ -113,6 +114,7 @@ class AutoQuantizer:
 
     Example:
         >>> import torch
+        >>> from deepseek_r1.core import Budget, Int8Weight
         >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
         >>> data = [torch.randn(16, 64) for _ in range(4)]
         >>> config = AutoConfig(engine="eager", formats=(Int8Weight(),), seconds=0.2)

@@ -30,7 +30,7 @@ from ._insert import apply_formats
 from ._layers import Layer, find_layers
 from ._observe import Ranges
 from ._rounding import Moments, observe_moments
-from ._static import static_plan
+from ._static import range_of, static_plan
 from ._weights import stored_weight
 
 
@@ -114,7 +114,8 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
         formats = _formats(module, config, report, program.name)
         used.extend(fmt for layer, fmt in formats.items() for _ in layer.nodes)
         plan = static_plan(module, formats, additions=config.format.activation == "static")
-        ranges = Ranges(module, plan.values)
+        origins = {value: range_of(value) for value in plan.values}
+        ranges = Ranges(module, dict.fromkeys(origins.values()))
         if plan.values:
             ranges.observe(batches, histogram=config.activation_clip == "mse")
         moments = _moments(module, formats, batches, config)
@@ -123,7 +124,7 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
             lambda layer, fmt: stored_weight(
                 layer.weight, fmt, moments.get(layer.nodes[0]), clip=config.weight_clip, group_clip=config.group_clip
             ),
-            lambda node: ranges.limits(node, INT8_ACTIVATION, config.activation_clip),
+            lambda node: ranges.limits(origins[node], INT8_ACTIVATION, config.activation_clip),
         )  # fmt: skip
         for name, count in Counter(map(str, used)).items():
             report.add(f"layers in {name}", count, before=0, how="convolutions and linear layers")

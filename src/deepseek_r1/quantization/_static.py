@@ -21,6 +21,14 @@ _FUSED = (
 )  # fmt: skip
 
 
+#: Operators whose values are those of their input, zeros aside: the same range serves both.
+_MOVES = (
+    aten.constant_pad_nd.default, aten.pad.default, aten.max_pool1d.default, aten.max_pool2d.default,
+    aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.permute.default, aten.transpose.int,
+    aten.unsqueeze.default, aten.squeeze.dim,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class StaticPlan:
     """Values that get a pair of quantize and dequantize.
@@ -62,6 +70,21 @@ def static_plan(module: GraphModule, formats: Mapping[Layer, LayerFormat], *, ad
         for value in _quantisable([output_of(node)]):
             values[value] = None
     return StaticPlan(values, added)
+
+
+def range_of(value: Node) -> Node:
+    """The value whose range a value has: itself, or what it was moved, padded or pooled from."""
+    while value.target in _MOVES and isinstance(value.args[0], Node) and _pads_with_zero(value):
+        value = value.args[0]
+    return value
+
+
+def _pads_with_zero(node: Node) -> bool:
+    if node.target is aten.constant_pad_nd.default:
+        return not argument(node, 2, 0)
+    return node.target is not aten.pad.default or (
+        argument(node, 2, "constant") == "constant" and not argument(node, 3, None)
+    )
 
 
 def _quantisable(values: Iterable[object]) -> list[Node]:

@@ -17,7 +17,7 @@ from ._layers import Layer, find_layers
 from ._observe import Ranges, affine
 from ._ptq import PTQConfig, precision_of_layers, simplified
 from ._rounding import Moments, observe_moments
-from ._static import static_plan
+from ._static import range_of, static_plan
 from ._trial import Trial
 from ._weights import StoredWeight, stored_weight
 
@@ -50,11 +50,10 @@ class Workshop:
         self._by_name = {layer.name: layer for layer in self.layers}
         everything = {layer: Int8Static() for layer in self.layers}
         plan = static_plan(self.module, everything, additions=True)
-        self._ranges = Ranges(self.module, plan.values)
-        self._ranges.observe(list(batches), histogram=config.activation_clip == "mse")
-        self._limits = {
-            node: self._ranges.limits(node, INT8_ACTIVATION, config.activation_clip) for node in plan.values
-        }
+        ranges = Ranges(self.module, dict.fromkeys(range_of(value) for value in plan.values))
+        ranges.observe(list(batches), histogram=config.activation_clip == "mse")
+        found = {node: ranges.limits(node, INT8_ACTIVATION, config.activation_clip) for node in ranges.nodes}
+        self._limits = {value: found[range_of(value)] for value in plan.values}
         self._moments = self._observe_moments(list(batches))
         self._stored: dict[tuple[Layer, int, int, bool], StoredWeight] = {}
         self.trial = Trial(self.module, self.store, {n: affine(*v, INT8_ACTIVATION) for n, v in self._limits.items()})
