@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deepseek_r1.core import INT8_ACTIVATION, INT8_WEIGHT, IntFormat
+from deepseek_r1.core import INT8_ACTIVATION, INT8_WEIGHT, InputError, IntFormat
 from deepseek_r1.graph import capture
 from deepseek_r1.quantization._observe import Ranges, affine, quantize_weight
-from deepseek_r1.quantization._rounding import _columns, observe_moments, round_weight
+from deepseek_r1.quantization._rounding import Moments, _columns, observe_moments, round_weight
 
 LIMITS = st.floats(-1e4, 1e4).map(float)
 
@@ -157,6 +157,66 @@ def test_inputs_that_are_always_zero_or_constant():
         stored, missing = round_weight(layer.weight, scales, moments, INT8_WEIGHT)
         y = (stored.double() * scales.double()[:, None]) @ x.double().T + missing[:, None]
         torch.testing.assert_close(y.float(), (layer.weight @ x.T).detach(), rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), groups=st.integers(1, 3), inputs=st.integers(1, 40), rank=st.integers(1, 10),
+    exponent=st.integers(-8, 8), ordered=st.booleans(),
+)  # fmt: skip
+def test_what_spreads_errors_is_the_factor_of_the_inverse(seed, groups, inputs, rank, exponent, ordered):
+    generator = torch.Generator().manual_seed(seed)
+    groups = 1 if ordered else groups
+    x = torch.randn(groups, inputs, rank, generator=generator).double() * 10.0**exponent
+    second = x @ x.transpose(1, 2) / rank
+    reach, order = Moments(second, x.mean(2), rank).factor(ordered=ordered)
+    assert sorted(order.tolist()) == list(range(inputs))
+    if ordered:
+        assert (second[0].diagonal()[order].diff() >= 0).all()
+    damped = second + 0.01 * torch.diag_embed(second.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(-1, inputs))
+    expected = torch.linalg.inv(damped[:, order][:, :, order])
+    found = reach.double().transpose(1, 2) @ reach.double()
+    assert ((found - expected).norm(dim=(1, 2)) <= 1e-3 * expected.norm(dim=(1, 2))).all()
+    assert (reach.triu(1) == 0).all()
+
+
+def test_layers_that_read_the_same_share_what_is_worked_out():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.other = nn.Linear(8, 4), nn.Linear(8, 6), nn.Linear(4, 4)
+            self.wide, self.narrow = nn.Conv1d(8, 4, 3, padding=1), nn.Conv1d(8, 4, 1)
+
+        def forward(self, x):
+            seen = self.wide(x.mT) + self.narrow(x.mT)
+            return self.other(self.q(x)) + seen.mT, self.k(x)
+
+    net, x = Heads(), torch.randn(3, 5, 8)
+    module = capture(net, x).module()
+    nodes = {
+        n.args[1].name.split("_")[-2]: n
+        for n in module.graph.nodes
+        if n.op == "call_function" and "bias" in str(n.args)
+    }
+    weights = {nodes[name]: getattr(net, name).weight for name in ("q", "k", "other", "wide", "narrow")}
+    found = observe_moments(module, weights, [(x,), (x + 1,)])
+    assert found[nodes["q"]] is found[nodes["k"]]
+    assert found[nodes["q"]].shared
+    assert found[nodes["q"]].factor(ordered=True)[0] is found[nodes["k"]].factor(ordered=True)[0]
+    assert not found[nodes["other"]].shared
+    assert found[nodes["wide"]].second.shape[1] == 24
+    assert found[nodes["narrow"]].second.shape[1] == 8
+    both = torch.cat([x, x + 1]).reshape(-1, 8).double()
+    torch.testing.assert_close(found[nodes["q"]].second[0], both.T @ both / len(both), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[nodes["q"]].mean[0], both.mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_data_that_are_no_numbers_are_refused():
+    layer = nn.Linear(6, 3)
+    module, node = layer_of(layer, torch.randn(4, 6))
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="not finite"):
+            observe_moments(module, {node: layer.weight}, [(torch.full((4, 6), value),)])
 
 
 @pytest.mark.parametrize("clip", ["minmax", "mse"])

@@ -11,6 +11,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from ..core import InputError, IntFormat
 
 _BINS = 2048
+#: Weights that are looked at once: as many as lie in a core's own cache together with what is made of them.
+_AT_ONCE = 1 << 16
 #: Shares of the observed range that are tried as clipping limits.
 _SHRINK = tuple(1.0 - 0.02 * i for i in range(31))
 
@@ -40,6 +42,11 @@ def watch(
             watcher.run(*inputs)
 
 
+def not_finite(node: Node) -> InputError:
+    """The error for a value of a calibration run that is not finite."""
+    return InputError(f"calibration: the value {node.name!r} is not finite (NaN or infinity in data or model).")
+
+
 class Ranges:
     """Smallest and largest value of each watched node, then a histogram between them."""
 
@@ -64,7 +71,7 @@ class Ranges:
             return
         low, high = (float(v) for v in torch.aminmax(value.detach().float()))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            raise InputError(f"calibration: the value {node.name!r} is not finite (NaN or infinity in data or model).")
+            raise not_finite(node)
         self.low[node] = min(self.low.get(node, low), low)
         self.high[node] = max(self.high.get(node, high), high)
 
@@ -130,19 +137,27 @@ def quantize_weight(weight: torch.Tensor, fmt: IntFormat, clip: str) -> tuple[to
     Returns:
         int8 tensor of the weight's shape, float32 scales [out].
     """
-    rows = weight.detach().double().reshape(weight.shape[0], -1)
+    rows = weight.detach().reshape(weight.shape[0], -1)
+    shares = _SHRINK[:16] if clip == "mse" else (1.0,)
+    parts = rows.split(max(1, _AT_ONCE // max(1, rows.shape[1])))
+    found = [_clipped(part.double(), fmt, shares) for part in parts]
+    values, scales = (torch.cat(pieces) for pieces in zip(*found))
+    return values.reshape(weight.shape), scales
+
+
+def _clipped(rows: torch.Tensor, fmt: IntFormat, shares: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers of some rows and their scales: the share of each row's range with the smallest squared error."""
     largest = rows.abs().amax(dim=1).clamp_min(1e-12)
     q_low, q_high = fmt.range
-    shares = _SHRINK[:16] if clip == "mse" else (1.0,)
     best_error = torch.full_like(largest, float("inf"))
     best_scale = largest / q_high
     for share in shares:
         scale = largest * share / q_high
-        stored = torch.clamp(torch.round(rows / scale[:, None]), q_low, q_high)
-        error = ((rows - stored * scale[:, None]) ** 2).sum(dim=1)
+        stored = torch.round(rows / scale[:, None]).clamp_(q_low, q_high)
+        error = rows.addcmul(stored, scale[:, None], value=-1).square_().sum(dim=1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
     scales = best_scale.float()
     values = torch.clamp(torch.round(rows / scales.double()[:, None]), q_low, q_high)
-    return values.to(torch.int8).reshape(weight.shape), scales
+    return values.to(torch.int8), scales
