@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .module import DSModule as DSModule
     from .module import load_model as load_model
     from .module import model as model
+    from .quantization import DSQuantizer as DSQuantizer
     from .quantization import quantize as quantize
     from .runtime import load as load_artifact  # noqa: F401
     from .train import Trainer as Trainer

@@ -57,6 +57,7 @@ PUBLIC: dict[str, str] = {
     "Budget": "deepseek_r1.core:Budget",
     "DSDataLoader": "deepseek_r1.data:DSDataLoader",
     "DSModule": "deepseek_r1.module:DSModule",
+    "DSQuantizer": "deepseek_r1.quantization:DSQuantizer",
     "DeepSeekError": "deepseek_r1.core:DeepSeekError",
     "Drawing": "deepseek_r1.graph:Drawing",
     "Executable": "deepseek_r1.engines:Executable",

@@ -14,6 +14,7 @@ from ..core import (
     LayerFormat,
 )
 from ._auto import AutoConfig, AutoQuantizer
+from ._dynamic import DSQuantizer
 from ._ptq import PTQConfig, quantize_program
 from ._quantize import METHODS, quantize
 
@@ -22,6 +23,7 @@ __all__ = [
     "AutoConfig",
     "AutoQuantizer",
     "BFloat16",
+    "DSQuantizer",
     "Float32",
     "Int4Dynamic",
     "Int4Format",

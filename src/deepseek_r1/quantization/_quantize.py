@@ -103,19 +103,27 @@ def quantize(
         return quantize_module(model, config)
     if dataset is None and needs_data:
         dataset = [_example(model, example_inputs)]
-    if not isinstance(model, Program):
-        if example_inputs is None:
-            batches = iter(dataset or ())
-            first = list(islice(batches, 1))
-            if not first:
-                raise InputError("quantize(dataset=...): the dataset is empty.")
-            args, kwargs, _ = unpack_batch(first[0])
-            example_inputs = kwargs or args
-            # An iterator gives each batch once; the first calibrates as well.
-            dataset = chain(first, batches)
-        model = capture(model, example_inputs)
+    model, dataset = captured(model, dataset, example_inputs)
     quantised: Program = METHODS.get(type(config).__name__)(model, dataset, config)
     return quantised
+
+
+def captured(
+    model: torch.nn.Module | Program, dataset: Iterable[Any] | None, example_inputs: Any
+) -> tuple[Program, Iterable[Any] | None]:
+    """The model as a Program, captured with the first batch if there are no example inputs; and the dataset, whole."""
+    if isinstance(model, Program):
+        return model, dataset
+    if example_inputs is None:
+        batches = iter(dataset or ())
+        first = list(islice(batches, 1))
+        if not first:
+            raise InputError("quantize(dataset=...): the dataset is empty.")
+        args, kwargs, _ = unpack_batch(first[0])
+        example_inputs = kwargs or args
+        # An iterator gives each batch once; the first calibrates as well.
+        dataset = chain(first, batches)
+    return capture(model, example_inputs), dataset
 
 
 def _config(bits: int | None, config: Any) -> Any:
