@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .module import load_model as load_model
     from .module import model as model
     from .quantization import DSQuantizer as DSQuantizer
+    from .quantization import R1Quantizer as R1Quantizer
     from .quantization import quantize as quantize
     from .runtime import load as load_artifact  # noqa: F401
     from .train import Trainer as Trainer

@@ -62,6 +62,7 @@ PUBLIC: dict[str, str] = {
     "Drawing": "deepseek_r1.graph:Drawing",
     "Executable": "deepseek_r1.engines:Executable",
     "Program": "deepseek_r1.graph:Program",
+    "R1Quantizer": "deepseek_r1.quantization:R1Quantizer",
     "Report": "deepseek_r1.core:Report",
     "Sequential": "deepseek_r1.nn:Sequential",
     "Trainer": "deepseek_r1.train:Trainer",

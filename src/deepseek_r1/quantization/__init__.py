@@ -16,6 +16,8 @@ from ..core import (
 from ._auto import AutoConfig, AutoQuantizer
 from ._dynamic import DSQuantizer
 from ._ptq import PTQConfig, quantize_program
+from ._qat import QATConfig, R1Quantizer
+from ._qat_module import QATModule
 from ._quantize import METHODS, quantize
 
 __all__ = [
@@ -33,6 +35,9 @@ __all__ = [
     "Int8Weight",
     "LayerFormat",
     "PTQConfig",
+    "QATConfig",
+    "QATModule",
+    "R1Quantizer",
     "quantize",
     "quantize_program",
 ]
