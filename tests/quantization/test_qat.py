@@ -216,7 +216,7 @@ def test_grids_freeze_in_their_order(tokens, data):
         pairs = zip(quantizer.module.fakes, QATModule(start).fakes)
         for kind in (FakeActivation, FakeWeight):
             moved[freeze, kind] = max(
-                float((a.log_scale - b.log_scale).abs().max()) for a, b in pairs if isinstance(a, kind)
+                float((a.log_scale - b.log_scale).detach().abs().max()) for a, b in pairs if isinstance(a, kind)
             )
             pairs = zip(quantizer.module.fakes, QATModule(start).fakes)
     # The first step is taken before anything is frozen.
