@@ -168,6 +168,19 @@ def test_quantize_writes_an_artifact_too(trained, run, place):
     assert runtime.load(place / "int8").manifest.precision == "int8"
 
 
+def test_quantize_chooses_formats_under_a_budget(trained, run, place):
+    line = "quantize model.py:build --weights run/model.safetensors --data data.npz --seed 3 --out chosen.dr1"
+    result = _check(run(f"{line} --accuracy-drop 0.1 --size-mb 0.00085 --json chosen.json"))
+    assert "its loss" in result.stdout
+    report = json.loads((place / "chosen.json").read_text())
+    rows = {r["metric"]: r["after"] for r in report["rows"]}
+    assert rows["weights"] <= 850
+    assert {c["name"] for c in report["checks"]} >= {"quality", "weights budget"}
+    result = _check(run(f"{line} --size-mb 0.0001"), code=1)
+    assert "smallest alone" in " ".join((result.stdout + result.stderr).split())
+    assert "a budget chooses the bits itself" in run(f"{line} --bits 8 --auto").stderr
+
+
 def test_an_onnx_file_and_an_artifact_are_models(trained, run, place):
     _check(run("export model.py:build --weights run/model.safetensors --data data.npz --out a.onnx"))
     _check(run("export a.onnx --data data.npz --out a"))
