@@ -4,7 +4,10 @@ import importlib
 import sys
 from pathlib import Path
 
-VERBS = {"train": "train", "nets": "nets", "ptq": "ptq_peers", "search": "search", "exports": "exports"}
+VERBS = {
+    "train": "train", "nets": "nets", "ptq": "ptq_peers", "search": "search", "exports": "exports",
+    "effective-bits": "effective_bits",
+}  # fmt: skip
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in VERBS:

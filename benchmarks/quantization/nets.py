@@ -43,6 +43,8 @@ class Net:
         score: (all answers, all labels, all float answers) -> the metric.
         higher_is_better: of the metric.
         clusters: for each held-out sample the number of the photograph, play or recording it is from.
+        gradient_loss: what those differentiate who weigh layers by gradients; `losses` that are measured from the
+            float answer have none there. None takes `losses`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Net:
     score: Callable[[Tensor, Tensor, Tensor], float]
     higher_is_better: bool = True
     clusters: list[int] = field(default_factory=list)
+    gradient_loss: Losses | None = None
 
     @property
     def one(self) -> Any:
@@ -125,6 +128,17 @@ def _binary_divergence(found: Tensor, labels: Tensor, plain: Tensor) -> Tensor:
     return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(1).float()
 
 
+def _projection(found: Tensor, labels: Tensor, plain: Tensor) -> Tensor:
+    """Random directions of the embedding: the mean square of their gradients is what a squared error weighs."""
+    directions = torch.randn(found.shape, generator=torch.Generator().manual_seed(len(found)))
+    return (found * directions).sum(1)
+
+
+def _binary_cross_entropy(found: Tensor, labels: Tensor, plain: Tensor) -> Tensor:
+    wanted = (found.detach() > 0.5).float()
+    return F.binary_cross_entropy(found.clamp(1e-6, 1 - 1e-6), wanted, reduction="none").mean(1)
+
+
 def _accuracy(found: Tensor, labels: Tensor, plain: Tensor) -> float:
     return float((found.argmax(-1) == labels).float().mean())
 
@@ -175,7 +189,7 @@ def _efficientnet() -> Net:
     return Net(
         name="efficientnet_lite0", kind="cnn", build=build, calibration=batched(calibrating, labels[0], 8),
         held_out=batched(judged, labels[1], 8), losses=divergence, metric="top-1 agreement with float32",
-        score=_agreement, clusters=clusters,
+        score=_agreement, clusters=clusters, gradient_loss=cross_entropy,
     )  # fmt: skip
 
 
@@ -220,7 +234,7 @@ def _minilm() -> Net:
     return Net(
         name="minilm", kind="transformer", build=functools.cache(sources.minilm_l6),
         calibration=batched(calibrating, none[0], 8), held_out=batched(judged, none[1], 16), losses=_distance,
-        metric="ten nearest shared with float32", score=_retrieval,
+        metric="ten nearest shared with float32", score=_retrieval, gradient_loss=_projection,
     )  # fmt: skip
 
 
@@ -232,6 +246,7 @@ def _silero() -> Net:
         name="silero_vad", kind="cnn", build=functools.cache(sources.silero_vad),
         calibration=batched(calibrating, none[0], 4), held_out=batched(judged, none[1], 8),
         losses=_binary_divergence, metric="speech decisions shared with float32", score=_decisions, clusters=clusters,
+        gradient_loss=_binary_cross_entropy,
     )  # fmt: skip
 
 

@@ -124,15 +124,15 @@ def _train_photos(step: int) -> tuple[Tensor, Tensor]:
 
 TRAININGS = {
     "gpt_shakespeare": Training(
-        build=SmallGPT, batch=text_batch, check=_check_text, steps=3600, lr=2e-3, weight_decay=0.1, warmup=200
+        build=SmallGPT, batch=text_batch, check=_check_text, steps=2400, lr=2e-3, weight_decay=0.1, warmup=200
     ),
     "vit_glyphs": Training(
         build=SmallViT, batch=_train_glyphs, check=functools.partial(_check_classes, _held_out_glyphs),
-        steps=1800, lr=1e-3, smoothing=0.05,
+        steps=1300, lr=1e-3, smoothing=0.05,
     ),
     "mobilenet_photos": Training(
         build=photo_mobilenet, batch=_train_photos, check=functools.partial(_check_classes, _held_out_photos),
-        steps=900, lr=2e-3, smoothing=0.05,
+        steps=700, lr=2e-3, smoothing=0.05,
     ),
 }  # fmt: skip
 
