@@ -20,6 +20,7 @@ from typing import Any
 
 from deepseek_r1.core import atomic
 from deepseek_r1.graph import PASSES
+from quantization import page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -206,6 +207,16 @@ def passes(found: dict[str, Any], on_gpu: dict[str, Any]) -> str:
     )
 
 
+def from_page(make: Callable[[dict[str, Any]], page.Page]) -> Callable[[dict[str, Any]], str]:
+    """A table of `quantization.page`, what is said below it, and what it was measured on."""
+
+    def made_of(found: dict[str, Any]) -> str:
+        head, body, below = make(found)
+        return "\n\n".join(part for part in (table(head, body), "\n".join(below), measured_on(found)) if part)
+
+    return made_of
+
+
 #: Name of a table -> the result files it is made from, and what makes it.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "zoo": (("optimize_zoo_cpu",), zoo),
@@ -214,6 +225,9 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "custom-op": (("custom_op", "custom_op_cuda"), custom_op),
     "memory": (("memory_and_reload",), memory),
     "passes": (("passes", "passes_cuda"), passes),
+    "ptq": (("ptq_peers",), from_page(page.ptq)),
+    "quantization-search": (("quantization_search",), from_page(page.search)),
+    "quantization-exports": (("quantization_exports",), from_page(page.exports)),
 }
 
 

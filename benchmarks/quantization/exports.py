@@ -1,4 +1,4 @@
-"""Every integer format of every network as an ONNX file: QDQ nodes, opset, and whether onnxruntime gives the same answer.
+"""Every integer format of every network as an ONNX file: its QDQ nodes, and whether onnxruntime answers the same.
 
     python benchmarks/quantization exports [--only digits]
 

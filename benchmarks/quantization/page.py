@@ -1,0 +1,102 @@
+"""The tables of docs/benchmarks.md about quantisation: heads, rows and what is said below; `tables.py` prints them."""
+
+# ruff: noqa: RUF001 - tables have dashes and signs of their own
+from __future__ import annotations
+
+from typing import Any
+
+Page = tuple[list[str], list[list[str]], list[str]]
+_OURS = "deepseek-r1"
+
+
+def _interval(three: list[float]) -> str:
+    return f"{three[1]:.2f} ({three[0]:.2f}–{three[2]:.2f})"
+
+
+def ptq(found: dict[str, Any]) -> Page:
+    """`quantize` and `optimize` against peers."""
+    head = [
+        "network", "by", "task metric", "loss", "its loss less ours (95 %)", "ms", "× eager",
+        "speed of ours over it (95 %)", "file, MB",
+    ]  # fmt: skip
+    body, below = [], []
+    for row in found["rows"]:
+        latency, verdict = row.get("latency", {}), row.get("verdict", {})
+        for name, rival in row["rivals"].items():
+            if "failed" in rival:
+                body.append([row["name"], name, f"failed: {_short(rival['failed'])}", *["–"] * 6])
+                continue
+            difference = verdict.get("loss_against", {}).get(name)
+            # The other way round: what is above zero is in favour of ours.
+            less = f"{-difference[1]:.2g} ({-difference[2]:.2g}–{-difference[0]:.2g})" if difference else "–"
+            ms, speed = latency.get("ms", {}).get(name), latency.get("over_eager", {}).get(name)
+            over = latency.get("ours_over", {}).get(name)
+            body.append([
+                row["name"], f"{name} ({rival['how']})" if name == _OURS else name, f"{rival['metric']:.4f}",
+                f"{rival['loss']:.3g}", less, f"{ms:.3g}" if ms else "–", f"{speed[1]:.2f}" if speed else "–",
+                _interval(over) if over else "–", f"{rival['file_bytes'] / 1e6:.2f}",
+            ])  # fmt: skip
+        if verdict:
+            below.append(f"- {_verdict(row, verdict, latency)}")
+    return head, body, below
+
+
+def _verdict(row: dict[str, Any], verdict: dict[str, Any], latency: dict[str, Any]) -> str:
+    better = "higher" if row["higher_is_better"] else "lower"
+    metric = "no worse than" if verdict["metric_no_worse"] else "**worse than**"
+    said = f"{row['name']} ({row['metric']}, {better} is better): {metric} the best peer, {verdict['best_peer']}"
+    if "speed_over_fastest" in verdict:
+        fast = "" if verdict["fast_enough"] else " (**below 0.97**)"
+        low, _, high = latency["noise"]
+        speed = verdict["speed_over_fastest"][1]
+        said += f"; {speed:.2f} of the speed of the fastest, {verdict['fastest_peer']}{fast}"
+        said += f"; eager against itself {low:.2f}–{high:.2f}"
+    return said + "."
+
+
+def _short(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())[:90]
+
+
+def exports(found: dict[str, Any]) -> Page:
+    """Formats as ONNX files."""
+    head = ["network", "format", "opset", "nodes", "file, MB", "same decisions in onnxruntime", "widest margin lost"]
+    body = []
+    for row in found["rows"]:
+        refused: dict[str, list[str]] = {}
+        for name, fmt in row["formats"].items():
+            if "refused" in fmt:
+                refused.setdefault("no linear layer whose inputs divide into its groups", []).append(name)
+                continue
+            nodes = ", ".join(f"{count} {kind}" for kind, count in sorted(fmt["qdq"].items()))
+            lost, usual = fmt["widest_margin_of_the_others"], fmt["median_margin"]
+            margin = f"{lost:.2g} of {usual:.2g}" if fmt["same"] < 1 else "–"
+            body.append([
+                row["name"], name, str(fmt["opset"]), nodes, f"{fmt['file_bytes'] / 1e6:.2f}",
+                f"{fmt['same']:.2%} of {fmt['decisions']:,}", margin,
+            ])  # fmt: skip
+        for why, names in refused.items():
+            body.append([row["name"], ", ".join(names), "–", f"refused: {why}", "–", "–", "–"])
+    return head, body, []
+
+
+def search(found: dict[str, Any]) -> Page:
+    """Points of the search, those on the frontier in bold."""
+    head = ["network", "formats", "task metric", "loss", "latency, × float32", "file, MB", "layers"]
+    body, below = [], []
+    for row in found["rows"]:
+        for label, point in row["points"].items():
+            if "failed" in point:
+                body.append([row["name"], label, f"none: {_short(point['failed'])}", *["–"] * 4])
+                continue
+            shown = f"**{label}**" if label in row.get("frontier", []) else label
+            latency = f"{point['latency']:.2f}" if "latency" in point else "–"
+            layers = ", ".join(f"{int(n)} {k.removeprefix('layers in ')}" for k, n in point["layers"].items())
+            size = f"{point['file_bytes'] / 1e6:.2f}"
+            body.append([row["name"], shown, f"{point['metric']:.4f}", f"{point['loss']:.3g}", latency, size, layers])
+        searched = row.get("effective_bits", {})
+        if "failed" in searched:
+            below.append(f"- {row['name']}: no effective bits: {_short(searched['failed'])}")
+        elif searched:
+            below.append(f"- {row['name']}: ModelOpt took {searched['seconds']:.0f} s to calibrate and score.")
+    return head, body, below
