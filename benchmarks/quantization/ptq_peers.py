@@ -55,6 +55,7 @@ def build(name: str, rival: str) -> dict[str, Any]:
     facts |= nets.judge(name, nets.answers(answer, net.held_out, who.batch_size))
     # Files that the runtime reads, not those on the way there.
     facts["file_bytes"] = sum(p.stat().st_size for p in where.rglob("*") if p.is_file() and p.stem not in _BETWEEN)
+    atomic.write_json(where / "losses.json", facts.pop("losses"))
     return facts
 
 
@@ -104,7 +105,8 @@ def verdict(name: str, rivals: dict[str, dict[str, Any]], latency: dict[str, Any
         return {}
     sign = 1 if net.higher_is_better else -1
     best = max(peers, key=lambda n: sign * done[n]["metric"])
-    against = {n: mean_difference(done[OURS]["losses"], done[n]["losses"], net.clusters) for n in peers}
+    losses = {n: json.loads((place(name, n) / "losses.json").read_text()) for n in done}
+    against = {n: mean_difference(losses[OURS], losses[n], net.clusters) for n in peers}
     told: dict[str, Any] = {
         "best_peer": best, "metric_no_worse": sign * done[OURS]["metric"] >= sign * done[best]["metric"],
         "loss_against": against, "loss_no_worse": all(low <= 0 for low, _, _ in against.values()),
@@ -140,8 +142,7 @@ def _measure(name: str, row: dict[str, Any], options: argparse.Namespace) -> Non
             if "metric" in rivals.get(rival, {}) and not options.fresh:
                 continue
             rivals[rival] = build_apart(name, rival, pythons.get(rival, sys.executable))
-            told = {k: v for k, v in rivals[rival].items() if k != "losses"}
-            print(name, rival, told, file=sys.stderr, flush=True)
+            print(name, rival, rivals[rival], file=sys.stderr, flush=True)
     if not options.build or options.time:
         ready = [n for n in RIVALS if "metric" in rivals.get(n, {})]
         command = [sys.executable, str(Path(__file__).parent), "ptq", "--one", name, "--rival", ",".join(ready)]
