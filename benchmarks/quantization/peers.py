@@ -53,12 +53,14 @@ def flat(net: Net) -> int8_peers.Flat:
     return int8_peers.Flat(net.build(), (args, kwargs)).eval()
 
 
-def _ours(net: Net, folder: Path) -> str:
+def ours(net: Net, folder: Path, engines: list[str] | None = None) -> str:
+    """`quantize`, then `optimize` among these engines, by default all; which one won, and among whom."""
     program = quantize(net.build(), dataset=net.calibration)
     race = RaceConfig(cache=False, timeout_s=600)
-    fast = optimize(program, dataset=net.calibration, example_inputs=net.one, race=race)
+    fast = optimize(program, dataset=net.calibration, example_inputs=net.one, engines=engines, race=race)
     fast.save(folder / "executable")
-    return f"{fast.engine} {fast.precision}"
+    fast.report.save(folder / "report.json")
+    return f"{fast.engine} {fast.precision}" + (f" of {', '.join(engines)}" if engines else "")
 
 
 def _open_ours(net: Net, folder: Path) -> Answer:
@@ -139,7 +141,7 @@ def _onnx_opener(name: str) -> Callable[[Net, Path], Answer]:
 
 OURS = "deepseek-r1"
 RIVALS = {
-    OURS: Rival(build=_ours, open=_open_ours, batch_size=None),
+    OURS: Rival(build=ours, open=_open_ours, batch_size=None),
     "NNCF": Rival(build=_nncf, open=_open_openvino, packages=("nncf", "openvino")),
     "ONNX Runtime static": Rival(build=_onnx_static, open=_onnx_opener("qdq.onnx"), packages=("onnxruntime",)),
     "ONNX Runtime dynamic": Rival(

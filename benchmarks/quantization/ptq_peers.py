@@ -28,14 +28,14 @@ from deepseek_r1.measure import paired_latency, ratio_interval
 
 from . import nets
 from .cache import folder
-from .peers import OURS, RIVALS, check_open, fresh
+from .peers import OURS, RIVALS, check_open, fresh, ours
 from .statistics import mean_difference
 
 RESULT = Path(__file__).parents[1] / "results" / "ptq_peers.json"
 #: Our speed over a peer's may be this much below 1.
 BAR = 0.97
-#: A rival that is built must have an answer within this many seconds.
-_LIMIT_S = 540
+#: A rival must be built and judged within this many seconds.
+_LIMIT_S = 1200
 
 
 def place(name: str, rival: str) -> Path:
@@ -43,12 +43,12 @@ def place(name: str, rival: str) -> Path:
     return folder("ptq", name, rival.replace(" ", "_"))
 
 
-def build(name: str, rival: str) -> dict[str, Any]:
+def build(name: str, rival: str, engines: list[str] | None = None) -> dict[str, Any]:
     """Build one rival and judge it on the held-out samples."""
     net, who, where = nets.net(name), RIVALS[rival], fresh(place(name, rival))
     start = time.perf_counter()
     with torch.no_grad():
-        how = who.build(net, where)
+        how = ours(net, where, engines) if rival == OURS else who.build(net, where)
     facts: dict[str, Any] = {"how": how, "build_s": time.perf_counter() - start, "versions": who.versions()}
     answer = who.open(net, where)
     check_open(net, answer)
@@ -62,9 +62,10 @@ def build(name: str, rival: str) -> dict[str, Any]:
 _BETWEEN = ("raw", "ready")
 
 
-def build_apart(name: str, rival: str, python: str) -> dict[str, Any]:
+def build_apart(name: str, rival: str, python: str, engines: str | None) -> dict[str, Any]:
     """`build` in a process of its own; a rival that fails says with what."""
     command = [python, str(Path(__file__).parent), "ptq", "--one", name, "--rival", rival]
+    command += ["--engines", engines] if engines else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -141,7 +142,7 @@ def _measure(name: str, row: dict[str, Any], options: argparse.Namespace) -> Non
                 continue
             if "metric" in rivals.get(rival, {}) and not options.fresh:
                 continue
-            rivals[rival] = build_apart(name, rival, pythons.get(rival, sys.executable))
+            rivals[rival] = build_apart(name, rival, pythons.get(rival, sys.executable), options.engines)
             print(name, rival, rivals[rival], file=sys.stderr, flush=True)
     if not options.build or options.time:
         ready = [n for n in RIVALS if "metric" in rivals.get(n, {})]
@@ -158,6 +159,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", help="networks, separated by commas")
     parser.add_argument("--rivals", help="who is built, separated by commas")
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH", help="of a rival's own")
+    parser.add_argument("--engines", help="that ours races, separated by commas; by default all")
     parser.add_argument("--build", action="store_true", help="build and judge only")
     parser.add_argument("--time", action="store_true", help="time what is built only")
     parser.add_argument("--fresh", action="store_true", help="build again what is built")
@@ -171,7 +173,7 @@ def main(arguments: list[str]) -> int:
         if options.time:
             found = timed(options.one, options.rival.split(","), options.rounds, options.seconds)
         else:
-            found = build(options.one, options.rival)
+            found = build(options.one, options.rival, options.engines.split(",") if options.engines else None)
         print("\n@@row " + json.dumps(found))
         return 0
     rows = _read(options.out)

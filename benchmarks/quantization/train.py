@@ -88,11 +88,11 @@ def photo_side(name: str, trained: bool) -> Tensor:
 
 
 def photo_batch(count: int, trained: bool, seed: int) -> tuple[Tensor, Tensor]:
-    """Squares of photographs, float32 [count, 3, 64, 64] in [-1, 1], often without colour; and which they are."""
+    """Squares of photographs, float32 [count, 3, 48, 48] in [-1, 1], often without colour; and which they are."""
     draw = torch.Generator().manual_seed(seed)
     label = torch.randint(0, len(corpora.PHOTOGRAPHS), (count,), generator=draw)
     images = [photo_side(corpora.PHOTOGRAPHS[i], trained) for i in label.tolist()]
-    x = corpora.crops(images, 56, 140, 64, draw)
+    x = corpora.crops(images, 48, 128, 48, draw)
     grey = (torch.rand(count, 1, 1, 1, generator=draw) < 0.7).float()
     x = grey * x.mean(1, keepdim=True) + (1 - grey) * x
     return (2 * x - 1 + 0.1 * torch.randn(x.shape, generator=draw)).contiguous(), label
@@ -119,7 +119,7 @@ def _train_glyphs(step: int) -> tuple[Tensor, Tensor]:
 
 
 def _train_photos(step: int) -> tuple[Tensor, Tensor]:
-    return photo_batch(48, True, step)
+    return photo_batch(32, True, step)
 
 
 TRAININGS = {
@@ -128,11 +128,11 @@ TRAININGS = {
     ),
     "vit_glyphs": Training(
         build=SmallViT, batch=_train_glyphs, check=functools.partial(_check_classes, _held_out_glyphs),
-        steps=1300, lr=1e-3, smoothing=0.05,
+        steps=2400, lr=1.5e-3, smoothing=0.05,
     ),
     "mobilenet_photos": Training(
         build=photo_mobilenet, batch=_train_photos, check=functools.partial(_check_classes, _held_out_photos),
-        steps=700, lr=2e-3, smoothing=0.05,
+        steps=900, lr=2e-3, smoothing=0.05,
     ),
 }  # fmt: skip
 
