@@ -47,8 +47,8 @@ def static_plan(module: GraphModule, formats: Mapping[Layer, LayerFormat], *, ad
     """The values that static layers and residual additions read and give.
 
     Args:
-        additions: whether all residual additions become integer operators; else only those between values that are
-            quantised anyway, because elsewhere they would only add conversions.
+        additions: whether residual additions of one value that is quantised anyway become integer operators; else
+            only those of two, because elsewhere they would only add conversions.
     """
     static = {node for layer, fmt in formats.items() if fmt.activation == "static" for node in layer.nodes}
     values: dict[Node, set[Node] | None] = {}
@@ -58,7 +58,10 @@ def static_plan(module: GraphModule, formats: Mapping[Layer, LayerFormat], *, ad
             inputs = [node.args[0]]
         elif node.target in _ADD and static and _is_residual(node):
             inputs = list(node.args[:2])
-            if not additions and not all(v in values for v in inputs):
+            # One of two numbers that no layer gave, such as the squares of a power spectrum, is no residual, and may
+            # need a wider range.
+            enough = any if additions else all
+            if not enough(v in values for v in inputs):
                 continue
             added.append(node)
         else:
