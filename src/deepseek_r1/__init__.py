@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import models as models
     from . import nn as nn
     from . import ops as ops
+    from . import pruning as pruning
     from . import quantization as quantization
     from . import runtime as runtime
     from . import train as train
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .module import model as model
     from .quantization import DSQuantizer as DSQuantizer
     from .quantization import R1Quantizer as R1Quantizer
+    from .pruning import R1Pruner as R1Pruner
     from .quantization import quantize as quantize
     from .runtime import load as load_artifact  # noqa: F401
     from .train import Trainer as Trainer

@@ -44,8 +44,8 @@ TORCH_OPTIM = frozenset(_OPTIM_NAMES.split())
 
 #: Rooms of the package that are reachable as attributes before anybody imported them.
 ROOMS = (
-    "core", "data", "deploy", "engines", "graph", "measure", "models", "nn", "ops", "quantization", "recipes",
-    "runtime", "train",
+    "core", "data", "deploy", "engines", "graph", "measure", "models", "nn", "ops", "pruning", "quantization",
+    "recipes", "runtime", "train",
 )  # fmt: skip
 
 #: Rooms inside rooms that have a short name too: name -> module.
@@ -63,6 +63,7 @@ PUBLIC: dict[str, str] = {
     "Executable": "deepseek_r1.engines:Executable",
     "Program": "deepseek_r1.graph:Program",
     "R1Quantizer": "deepseek_r1.quantization:R1Quantizer",
+    "R1Pruner": "deepseek_r1.pruning:R1Pruner",
     "Report": "deepseek_r1.core:Report",
     "Sequential": "deepseek_r1.nn:Sequential",
     "Trainer": "deepseek_r1.train:Trainer",
