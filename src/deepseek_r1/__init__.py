@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from .module import DSModule as DSModule
     from .module import load_model as load_model
     from .module import model as model
+    from .pruning import R1Pruner as R1Pruner
     from .quantization import DSQuantizer as DSQuantizer
     from .quantization import R1Quantizer as R1Quantizer
-    from .pruning import R1Pruner as R1Pruner
     from .quantization import quantize as quantize
     from .runtime import load as load_artifact  # noqa: F401
     from .train import Trainer as Trainer

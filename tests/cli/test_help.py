@@ -36,6 +36,7 @@ def test_every_verb_is_there():
         "doctor",
         "export",
         "optimize",
+        "prune",
         "quantize",
         "run",
         "trace",

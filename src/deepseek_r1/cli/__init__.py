@@ -15,6 +15,7 @@ from .cache import cache as _cache
 from .doctor import doctor as _doctor
 from .export import export as _export
 from .optimize import optimize as _optimize
+from .prune import prune as _prune
 from .quantize import quantize as _quantize
 from .run import run as _run
 from .trace import trace as _trace
@@ -40,7 +41,7 @@ def _every_verb(
     _frame.show_traceback(traceback)
 
 
-for _command in (_run, _train, _optimize, _quantize, _export, _trace, _build_op, _cache, _doctor, _version):
+for _command in (_run, _train, _optimize, _prune, _quantize, _export, _trace, _build_op, _cache, _doctor, _version):
     app.command()(_command)
 
 

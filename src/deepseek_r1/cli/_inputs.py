@@ -19,6 +19,7 @@ from ..core import ConfigError, InputError, UnsafeFileError
 from ..data import DataSplits, load_data
 from ..graph import Program
 from ..module import load_model
+from ..pruning import plan_in
 from ..train import seed_everything
 
 #: Names under which training scripts keep the weights in a checkpoint.
@@ -87,6 +88,8 @@ def needs_inputs(opened: Opened) -> None:
 def load_weights_(model: torch.nn.Module | Program, path: Path) -> None:
     """Changes `model`: puts the weights of a file into it, every one of them and no other.
 
+    If the file was written by `prune`, the model is cut to its shapes first.
+
     Raises:
         InputError: no such file, damaged, or names and shapes that do not fit; the first of each kind are said.
         UnsafeFileError: a `.pt` or `.pth` that would run code when read.
@@ -96,6 +99,9 @@ def load_weights_(model: torch.nn.Module | Program, path: Path) -> None:
     if not path.is_file():
         raise InputError(f"--weights {path}: there is no such file.")
     state = _read_weights(path)
+    if path.suffix == ".safetensors" and (plan := plan_in(path)) is not None:
+        plan.apply_(model)
+        model.pruning_plan = plan  # type: ignore[assignment]
     wanted = model.state_dict()
     problems = [
         _list("missing in the file", [n for n in wanted if n not in state]),

@@ -312,6 +312,14 @@ def pointwise(at: Place) -> Outcome:
     return broadcast(at, [at.dims(t) for t in tensors], [shape_of(t) for t in tensors])
 
 
+def prelu(at: Place) -> Outcome:
+    """x [N, C, ...], one slope for all or for each channel."""
+    x, slope = at.dims(at.arg(0)), at.dims(at.arg(1))
+    if slope and slope[0] is not None and len(x) > 1:
+        return (x[0], at.ledger.join(x[1], slope[0], "slopes on what is no channel"), *x[2:])
+    return x
+
+
 def unknown(at: Place) -> Outcome:
     """Nothing is known of the operator: what it reads stays as it is. Checks and sizes compute nothing."""
     if at.name.startswith(("_assert", "sym_", "numel", "size")):
@@ -331,6 +339,14 @@ def blank(node: Node) -> Outcome:
     return tuple([None] * value.ndim) if isinstance(value, torch.Tensor) else ()
 
 
+#: Index by index, though torch does not say so of them.
+_UNTAGGED = (
+    aten.hardswish.default, aten.hardswish_.default, aten.mish_.default, aten.gelu_.default, aten.relu6_.default,
+    aten.log_sigmoid.default, aten.rsub.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Scalar,
+    aten.masked_fill_.Tensor, aten.floor_divide.default, aten.multiply.Tensor, aten.multiply.Scalar,
+    aten.divide.Tensor, aten.divide.Scalar, aten.true_divide.Scalar, aten.negative.default, aten.where.ScalarOther,
+    aten.where.ScalarSelf, aten.where.Scalar, aten.__and__.Tensor, aten.__and__.Scalar,
+)  # fmt: skip
 Rule = Callable[[Place], Outcome]
 _CONVOLUTIONS = (
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
@@ -353,6 +369,8 @@ COMPUTING: dict[Any, Rule] = {
     **dict.fromkeys((aten.batch_norm.default, aten.instance_norm.default), channel_norm),
     **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default), layer_norm),
     aten.group_norm.default: group_norm,
+    aten.prelu.default: prelu,
+    **dict.fromkeys(_UNTAGGED, pointwise),
     aten.embedding.default: embedding,
     **dict.fromkeys(_WINDOWS, windowed),
     **dict.fromkeys((aten.softmax.int, aten.log_softmax.int, aten.cumsum.default), soft),

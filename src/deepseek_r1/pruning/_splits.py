@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..graph.editing import argument
+
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
 ATTENTION = (aten.scaled_dot_product_attention.default,)
@@ -101,11 +103,11 @@ def _step(user: Node, node: Node, dim: int) -> tuple[str, list[tuple[Node, int]]
     if target in _VIEWS:
         return _through_view(user, node, dim)
     if target in _PICKS:
-        chosen = user.args[2 if target in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default) else 1]
-        return _picked(user, node, dim, int(chosen) if isinstance(chosen, int) else 0)
+        last = target in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+        chosen = argument(user, 2 if last else 1)
+        return _picked(user, node, dim, chosen if isinstance(chosen, int) else 0)
     if target is aten.cat.default:
-        chosen = int(user.args[1]) % rank if len(user.args) > 1 else 0  # type: ignore[arg-type]
-        return ("picked", []) if chosen == dim else ("", [(user, dim)])
+        return ("picked", []) if int(argument(user, 1)) % rank == dim else ("", [(user, dim)])
     moved = moved_dims(user, rank)
     if moved is not None:
         return "", [(user, moved.index(dim))] if dim in moved else []

@@ -279,6 +279,9 @@ def _paths(node: Node) -> list[str]:
 
 def _equal_to(module: nn.Module, size: int) -> list[tuple[str, int | None]]:
     found: list[tuple[str, int | None]] = []
+    # The sizes of torch's own layers follow their tensors anyway, unless they have none.
+    if type(module).__module__.startswith("torch.nn") and any(True for _ in module.parameters(recurse=False)):
+        return found
     for name, value in vars(module).items():
         if isinstance(value, int) and not isinstance(value, bool) and value == size:
             found.append((name, None))
