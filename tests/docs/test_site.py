@@ -12,7 +12,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("core", "runtime", "measure", "data", "graph", "engines", "deploy", "train", "quantization", "recipes", "ops")
+ROOMS = (
+    "core",
+    "runtime",
+    "measure",
+    "data",
+    "graph",
+    "engines",
+    "deploy",
+    "train",
+    "quantization",
+    "pruning",
+    "recipes",
+    "ops",
+)
 
 
 @pytest.fixture(scope="module")

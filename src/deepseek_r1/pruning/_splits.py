@@ -79,16 +79,16 @@ def factor(node: Node, dims: Sequence[int]) -> int:
 def _fates(node: Node, dim: int) -> set[str]:
     """What happens to a dimension further on: "separate", "summed", "row", "picked" or "other"."""
     found: set[str] = set()
-    todo, seen = [(node, dim)], set[tuple[Node, int]]()
-    while todo and len(seen) < _REACH:
-        at = todo.pop()
+    open_, seen = [(node, dim)], set[tuple[Node, int]]()
+    while open_ and len(seen) < _REACH:
+        at = open_.pop()
         if at in seen:
             continue
         seen.add(at)
         for user in at[0].users:
             fate, further = _step(user, *at)
             found |= {fate} if fate else set()
-            todo += further
+            open_ += further
     return found
 
 
