@@ -61,7 +61,7 @@ def test_pruned_weights_go_to_the_next_command(run, place):
 def test_a_graph_and_an_artifact_without_data(run, place):
     _done(run("prune model.py:build --input-shape 1,6 --out small.dr1"))
     assert Program.load(place / "small.dr1")(torch.zeros(5, 6)).shape == (5, 3)
-    line = "--data data.npz --epochs 0 --out small"))
+    _done(run("prune model.py:build --data data.npz --epochs 0 --out small"))
     assert (place / "small" / "manifest.json").is_file()
 
 
