@@ -29,6 +29,7 @@ from ._groups import METHODS
 from ._insert import apply_formats
 from ._layers import Layer, find_layers
 from ._observe import Ranges
+from ._rewrites import OPTIONS, rewritten
 from ._rounding import Moments, observe_moments
 from ._static import range_of, static_plan
 from ._weights import stored_weight
@@ -45,6 +46,9 @@ class PTQConfig:
         weight_clip: the same for each output channel of 8-bit weights.
         group_clip: "minmax", "mse" or "hqq" for each group of 4-bit weights.
         rounding: "nearest", or "compensated" (GPTQ and bias correction, see `_rounding`), which needs data.
+        equalisation: "off"; "weights" or "activations", for convolutions in a row (see `_equalise`); or "auto", which
+            tries both and keeps one only if the quantised answers are better on calibration data. Needs data.
+        scaling: "off"; "smoothquant" or "awq", for linear layers (see `_scaling`); or "auto". Needs data.
         calibration_batches: at most this many batches of the dataset are used.
         skip: parts of layer names (as in `named_modules`) that stay float.
 
@@ -60,6 +64,8 @@ class PTQConfig:
     weight_clip: str = "mse"
     group_clip: str = "hqq"
     rounding: str = "compensated"
+    equalisation: str = "off"
+    scaling: str = "off"
     calibration_batches: int = 32
     skip: tuple[str, ...] = ()
     version: int = 1
@@ -67,7 +73,7 @@ class PTQConfig:
     def __post_init__(self) -> None:
         allowed = {
             "activation_clip": ("minmax", "mse"), "weight_clip": ("minmax", "mse"), "group_clip": METHODS,
-            "rounding": ("nearest", "compensated"),
+            "rounding": ("nearest", "compensated"), **OPTIONS,
         }  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -107,11 +113,35 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
     """
     batches = [] if dataset is None else calibration_inputs(program, dataset, config.calibration_batches)
     parent = simplified(program)
-    report = Report(f"quantise {program.name}")
+    told = Report("rewrites")
+    options = {name: getattr(config, name) if batches else "off" for name in OPTIONS}
+    result = rewritten(
+        parent, batches, options, lambda m: _formats(m, config, Report(""), program.name),
+        lambda base: _quantised(base, batches, config), _sqnr, told,
+    )  # fmt: skip
+    result = replace(result, parent=parent)
+    report = result.report
+    if told.rows or told.skipped:
+        report.sections.append(told)
+    report.add(
+        "weights", result.parameters_bytes, before=parent.parameters_bytes, unit="bytes",
+        how="all parameters and buffers",
+    )  # fmt: skip
+    report.add("calibration samples", sum(_rows(b) for b in batches), how=f"{len(batches)} batches")
+    checked = batches[:1] or [tuple(pytree.tree_leaves(parent.example_inputs))]
+    report.add("output SQNR", _sqnr(parent, result, checked), unit="dB", how="against float, first batch")
+    if config.rounding == "compensated" and not batches:
+        report.note("no data were given: weights were rounded to the nearest instead of in the way that suits the data")
+    return result
+
+
+def _quantised(base: Program, batches: list[tuple[Any, ...]], config: PTQConfig) -> Program:
+    """A float program in its formats, with a report of the layers."""
+    report = Report(f"quantise {base.name}")
     used: list[LayerFormat] = []
 
     def change(module: GraphModule) -> None:
-        formats = _formats(module, config, report, program.name)
+        formats = _formats(module, config, report, base.name)
         used.extend(fmt for layer, fmt in formats.items() for _ in layer.nodes)
         plan = static_plan(module, formats, additions=config.format.activation == "static")
         origins = {value: range_of(value) for value in plan.values}
@@ -131,18 +161,7 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
         if plan.additions:
             report.add("additions in int8", len(plan.additions), before=0, how="residual additions")
 
-    result = rewrite(parent, change, parent=parent, report=report)
-    result = precision_of_layers(result, used)
-    report.add(
-        "weights", result.parameters_bytes, before=parent.parameters_bytes, unit="bytes",
-        how="all parameters and buffers",
-    )  # fmt: skip
-    report.add("calibration samples", sum(_rows(b) for b in batches), how=f"{len(batches)} batches")
-    checked = batches[:1] or [tuple(pytree.tree_leaves(parent.example_inputs))]
-    report.add("output SQNR", _sqnr(parent, result, checked), unit="dB", how="against float, first batch")
-    if config.rounding == "compensated" and not batches:
-        report.note("no data were given: weights were rounded to the nearest instead of in the way that suits the data")
-    return result
+    return precision_of_layers(rewrite(base, change, report=report), used)
 
 
 def simplified(program: Program) -> Program:

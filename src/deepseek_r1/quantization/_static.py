@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,14 @@ _MOVES = (
 )  # fmt: skip
 
 
+#: Operators that keep the integers of what they read, or nearly.
+_RESHAPES = (
+    aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.flatten.using_ints,
+    aten.mean.dim, aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.cat.default,
+    aten.slice.Tensor, aten.dropout.default,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class StaticPlan:
     """Values that get a pair of quantize and dequantize.
@@ -51,12 +59,13 @@ def static_plan(module: GraphModule, formats: Mapping[Layer, LayerFormat], *, ad
             only those of two, because elsewhere they would only add conversions.
     """
     static = {node for layer, fmt in formats.items() if fmt.activation == "static" for node in layer.nodes}
+    wanted = _read_as_integers(module, static)
     values: dict[Node, set[Node] | None] = {}
     added = []
     for node in module.graph.nodes:
         if node in static:
             inputs = [node.args[0]]
-        elif node.target in _ADD and static and _is_residual(node):
+        elif node.target in _ADD and node in wanted and _is_residual(node):
             inputs = list(node.args[:2])
             # One of two numbers that no layer gave, such as the squares of a power spectrum, is no residual, and may
             # need a wider range.
@@ -70,8 +79,11 @@ def static_plan(module: GraphModule, formats: Mapping[Layer, LayerFormat], *, ad
             readers = values.setdefault(value, set())
             if readers is not None:
                 readers.add(node)
-        for value in _quantisable([output_of(node)]):
-            values[value] = None
+        result = output_of(node)
+        # Engines compute a linear layer in integers with float results too, a convolution only with integer ones.
+        if node.target is not aten.linear.default or result in wanted:
+            for value in _quantisable([result]):
+                values[value] = None
     return StaticPlan(values, added)
 
 
@@ -88,6 +100,20 @@ def _pads_with_zero(node: Node) -> bool:
     return node.target is not aten.pad.default or (
         argument(node, 2, "constant") == "constant" and not argument(node, 3, None)
     )
+
+
+def _read_as_integers(module: GraphModule, static: Collection[Node]) -> set[Node]:
+    """Values that go to a static layer, with nothing but pooling, reshapes, and such additions in between.
+
+    An addition whose sum a norm reads, as in a transformer, would only lose digits in 8 bits: the norm computes in
+    floats.
+    """
+    passes = (*_FUSED, *_ADD, *_RESHAPES)
+    found: set[Node] = set()
+    for node in reversed(module.graph.nodes):
+        if any(user in static or (user in found and user.target in passes) for user in node.users):
+            found.add(node)
+    return found
 
 
 def _quantisable(values: Iterable[object]) -> list[Node]:

@@ -1,0 +1,90 @@
+"""Rewrites of the float program before it is quantised, and the choice among them by what they leave of the error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.fx import GraphModule
+
+from ..core import LayerFormat, Report
+from ..graph import Program, rewrite
+from . import _equalise, _scaling
+from ._layers import Layer
+
+#: Options of PTQConfig and what they allow.
+OPTIONS = {
+    "equalisation": ("off", *_equalise.METHODS, "auto"),
+    "scaling": ("off", *_scaling.METHODS, "auto"),
+}
+#: A rewrite is kept if it leaves less than this share of the error, so that no rewrite is kept for nothing.
+_BETTER = 0.9
+#: Signal-to-noise ratio (dB) at which two float programs count as the same.
+_SAME_DB = 60.0
+
+Batches = list[tuple[Any, ...]]
+Quantise = Callable[[Program], Program]
+Formats = Callable[[GraphModule], Mapping[Layer, LayerFormat]]
+Compare = Callable[[Program, Program, Batches], float]
+
+
+def rewritten(
+    parent: Program, batches: Batches, options: Mapping[str, str], formats: Formats, quantise: Quantise, sqnr: Compare,
+    report: Report,
+) -> Program:  # fmt: skip
+    """The quantised program, from the float one or from a rewrite of it.
+
+    Args:
+        options: one of each of `OPTIONS`. What is named is done; "auto" does what makes the quantised answers better.
+        formats: of the layers in a graph.
+        quantise: the whole of post-training quantisation.
+        sqnr: signal-to-noise ratio (dB) of a program's answers against another's.
+        report: takes what was done.
+    """
+    base, best = parent, -math.inf
+    result: Program | None = None
+    for name, methods in OPTIONS.items():
+        wanted = options[name]
+        if wanted == "off":
+            continue
+        if wanted == "auto" and result is None:
+            result = quantise(base)
+            best = sqnr(parent, result, batches[:4])
+        start, kept = base, None
+        for method in methods[1:-1] if wanted == "auto" else (wanted,):
+            tried, done = _tried(start, batches, name, method, formats)
+            if not done:
+                report.skip(f"{name}, {method}", "nothing in the program allows it or gains by it")
+                continue
+            if wanted == "auto":
+                same = sqnr(parent, tried, batches[:4])
+                candidate = quantise(tried)
+                found = sqnr(parent, candidate, batches[:4])
+                what = f"{found:.1f} dB on calibration data, {best:.1f} without"
+                if same < _SAME_DB or found <= best - 10 * math.log10(_BETTER):
+                    report.skip(f"{name}, {method}", f"{what}; float answers are the same to {same:.0f} dB")
+                    continue
+                report.note(f"{name} by {method}: {what}")
+                result, best = candidate, found
+            else:
+                result = None
+            base, kept = tried, (method, done)
+        for names, how in kept[1] if kept else ():
+            report.add(f"{name} of {names}", kept[0] if kept else "", how=how)
+    return quantise(base) if result is None else result
+
+
+def _tried(
+    start: Program, batches: Batches, name: str, method: str, formats: Formats
+) -> tuple[Program, list[tuple[str, str]]]:
+    done: list[tuple[str, str]] = []
+
+    def change(module: GraphModule) -> int:
+        if name == "equalisation":
+            done.extend(_equalise.equalise(module, batches, method))
+        else:
+            done.extend(_scaling.fold_scales(module, formats(module), batches, method))
+        return len(done)
+
+    return rewrite(start, change), done
