@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 from ..core import ArtifactError, ConfigError, Report, atomic
 from ..core.manifest_json import parse
+from ..core.places import user_cache
 from ..graph import Signature
 
 SCHEMA_VERSION = 1
@@ -31,14 +31,8 @@ _OLD_SECONDS = 86_400
 
 
 def default_root() -> Path:
-    """The user's cache directory for this package (XDG base directories; the system's own place elsewhere)."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = str(Path.home() / "Library" / "Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "deepseek-r1" / "choices"
+    """The directory of the user's own choices."""
+    return user_cache() / "choices"
 
 
 @dataclass(frozen=True, kw_only=True)

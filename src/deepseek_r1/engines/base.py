@@ -119,6 +119,7 @@ ENGINES = Registry(
         "eager": "deepseek_r1.engines._eager:EagerEngine",
         "executorch": "deepseek_r1.engines._executorch:ExecuTorchEngine",
         "inductor": "deepseek_r1.engines._inductor:InductorEngine",
+        "native": "deepseek_r1.engines._native:NativeEngine",
         "null": "deepseek_r1.engines._null:NullEngine",
         "onnxruntime": "deepseek_r1.engines._onnxruntime:OnnxRuntimeEngine",
         "openvino": "deepseek_r1.engines._openvino:OpenVinoEngine",

@@ -1,4 +1,5 @@
-"""Operators as plain functions on tensors: the door for operators written in C++, packed integers. Knows no layers.
+"""Operators as plain functions on tensors: the door for operators written in C++, packed integers, and
+kernels for products of integers. Knows no layers.
 
 After `register_custom_op("swish", path)` this package has the operator as `swish` and as the module `Swish`.
 """
@@ -7,14 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from ._bound import BoundOp
 from ._build import BuildError, MissingCompilerError, build_op, include_dir
+from ._integer_linear import FUNCTIONS, ISAS, MOST_INPUTS, integer_linear, pack_int4, pack_int8
 from ._library import Attribute, Description, describe
+from ._native import native_library, native_missing, native_problem
 from ._packing import pack_uint4, unpack_uint4
 from ._register import NAMESPACE, CustomOp, libraries, register_custom_op, registered, registered_names
 
 __all__ = [
+    "FUNCTIONS",
+    "ISAS",
+    "MOST_INPUTS",
     "NAMESPACE",
     "Attribute",
+    "BoundOp",
     "BuildError",
     "CustomOp",
     "Description",
@@ -22,7 +30,13 @@ __all__ = [
     "build_op",
     "describe",
     "include_dir",
+    "integer_linear",
     "libraries",
+    "native_library",
+    "native_missing",
+    "native_problem",
+    "pack_int4",
+    "pack_int8",
     "pack_uint4",
     "register_custom_op",
     "unpack_uint4",

@@ -124,7 +124,7 @@ class Kernels:
         device = next(t.device for t in tensors if t is not None)
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         self.library.run(
-            self.name, which, [NO_TENSOR if t is None else _packed(t) for t in tensors], attributes,
+            self.name, which, [NO_TENSOR if t is None else packed_tensor(t) for t in tensors], attributes,
             threads=torch.get_num_threads(), stream=stream, team=torch_team(),
         )  # fmt: skip
 
@@ -147,7 +147,8 @@ class Kernels:
             )
 
 
-def _packed(t: torch.Tensor) -> bytes:
+def packed_tensor(t: torch.Tensor) -> bytes:
+    """A tensor as the operators' libraries take it; the tensor must outlive what is given."""
     device = t.device
     return pack_tensor(
         t.data_ptr(), t.shape, t.stride(), _NUMBER[t.dtype], _DEVICE[device.type], device.index or 0

@@ -55,6 +55,7 @@ class CustomOp(torch.nn.Module):
 @dataclass(frozen=True)
 class _Registered:
     library: Library
+    kernels: Kernels
     module: type[CustomOp]
     function: Callable[..., Any]
 
@@ -91,12 +92,13 @@ def register_custom_op(name: str, path: str | os.PathLike[str]) -> type[CustomOp
     if name not in library.ops:
         raise InputError(f"{file} has no operator {name!r}; it has {', '.join(library.ops) or 'none'}.")
     _check_free(name)
-    function = _define(Kernels(library, name))
+    kernels = Kernels(library, name)
+    function = _define(kernels)
     about = library.ops[name][1]
     members = {"about": about, "function": staticmethod(function), "__doc__": f"The operator {name!r} of {file.name}."}
     module = type(class_name(name), (CustomOp,), {**members, "__module__": "deepseek_r1.ops"})
     _LOADED[file] = library
-    _OPS[name] = _Registered(library, module, function)
+    _OPS[name] = _Registered(library, kernels, module, function)
     return module
 
 
@@ -106,6 +108,13 @@ def libraries() -> dict[str, Path]:
     A process that loads a saved program with custom operators registers the same files first.
     """
     return {name: entry.library.path for name, entry in _OPS.items()}
+
+
+def kernels_of(name: str) -> Kernels:
+    """The passes of a registered operator. Raises InputError if it is not registered."""
+    if name not in _OPS:
+        raise InputError(f"there is no operator {name!r}; register_custom_op(name, library) comes first.")
+    return _OPS[name].kernels
 
 
 def registered(attribute: str) -> Any:
