@@ -1,4 +1,4 @@
-"""Which format for which layer: uniform ones, ModelOpt's effective bits, and (later) ours, all measured alike.
+"""Which format for which layer: uniform ones, ModelOpt's effective bits, and ours, all measured alike.
 
     python benchmarks/quantization search [--only digits] [--modelopt-python /path/python] [--build] [--time]
 
@@ -41,7 +41,7 @@ from deepseek_r1.core import (
 from deepseek_r1.engines import ENGINES
 from deepseek_r1.graph import Program, capture, simplify
 from deepseek_r1.measure import paired_latency, ratio_interval
-from deepseek_r1.quantization import PTQConfig, quantize_program
+from deepseek_r1.quantization import AutoConfig, AutoQuantizer, PTQConfig, quantize_program
 
 from . import nets
 from .cache import folder
@@ -56,6 +56,8 @@ FORMATS: tuple[LayerFormat, ...] = (
 )  # fmt: skip
 #: Targets of effective bits, of 16; those that cannot be met are left out.
 BITS = (4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 14.0)
+#: Points of our curve that are built.
+OURS = 8
 #: Points whose latency differs by less are equally fast.
 EQUAL = 0.01
 
@@ -127,6 +129,7 @@ def points_of(name: str, python: str | None, row: dict[str, Any]) -> Iterable[tu
     yield "float32", functools.partial(captured, net)
     for fmt in FORMATS:
         yield f"uniform {fmt}", functools.partial(assigned, net, fmt)
+    yield from our_points(net, row)
     if python is None:
         row["effective_bits"] = {"failed": "no Python with ModelOpt was given"}
         return
@@ -138,6 +141,23 @@ def points_of(name: str, python: str | None, row: dict[str, Any]) -> Iterable[tu
         seen.append(layers)
         formats = {n: LayerFormat.from_dict(f) for n, f in layers.items()}
         yield f"effective-bits {bits}", functools.partial(assigned, net, Int8Weight(), formats)
+
+
+def our_points(net: nets.Net, row: dict[str, Any]) -> Iterable[tuple[str, Callable[[], Program]]]:
+    """Points of AutoQuantizer's curve between loss and latency, with what it predicts of each."""
+    one = net.one if isinstance(net.one, dict) else nets.leaves(net.one)
+    config = AutoConfig(engine=ENGINE, formats=FORMATS, points=OURS, calibration_batches=len(net.calibration))
+    start, begin = time.perf_counter(), time.process_time()
+    quantizer = AutoQuantizer(captured(net), dataset=[*net.calibration, *net.calibration[:1]], example_inputs=one,
+                              config=config)  # fmt: skip
+    curve = quantizer.pareto()
+    numbers = sum(p.numel() for p in net.build().parameters())
+    row["search"] = {
+        "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - begin, "parameters": numbers,
+        "predicted": {f"ours {i}": c.costs for i, c in enumerate(curve)},
+    }  # fmt: skip
+    for i, candidate in enumerate(curve):
+        yield f"ours {i}", functools.partial(quantizer.build, candidate)
 
 
 def timed(name: str, labels: Sequence[str], rounds: int, seconds: float) -> dict[str, Any]:

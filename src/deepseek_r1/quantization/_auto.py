@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 from ..core import (
     Budget,
@@ -27,7 +26,7 @@ from ..core import (
 )
 from ..data import batch_size, slice_batch, unpack_batch
 from ..engines import ENGINES, default_root
-from ..graph import Program, capture
+from ..graph import Program, as_inputs, capture
 from ._auto_report import describe, describe_failure
 from ._latency import LatencyTable, measure_table
 from ._ptq import PTQConfig, check_inputs
@@ -109,7 +108,8 @@ class AutoQuantizer:
     Args:
         model: a module in float32, or a captured Program.
         dataset: batches: `(inputs, labels)`, a mapping, or inputs alone. The first calibrate, the next verify.
-        example_inputs: inputs to capture with, and of the call whose latency counts; by default the first batch.
+        example_inputs: inputs to capture with, and of the call whose latency counts (one sample, say); by default the
+            first batch, or those of the Program.
         config: see `AutoConfig`.
 
     Example:
@@ -132,7 +132,8 @@ class AutoQuantizer:
         config: AutoConfig | None = None,
     ) -> None:
         self.config = config or AutoConfig()
-        ENGINES.get(self.config.engine)
+        if reason := ENGINES.get(self.config.engine)().unavailable():
+            raise ConfigError(f"AutoConfig(engine={self.config.engine!r}): {reason}")
         wanted = self.config.calibration_batches + self.config.held_out_batches
         batches = list(islice(iter(dataset), wanted))
         if not batches:
@@ -141,6 +142,8 @@ class AutoQuantizer:
             args, kwargs, _ = unpack_batch(batches[0])
             model = capture(model, example_inputs if example_inputs is not None else kwargs or args)
         self._program = model
+        timed = model.example_inputs if example_inputs is None else as_inputs(example_inputs)
+        self._timed = check_inputs(model, *timed)
         self._notes: list[str] = []
         mine, others = self._parts(batches)
         self._calibration = [self._read(batch) for batch in mine]
@@ -212,6 +215,10 @@ class AutoQuantizer:
         goal = Goal.of(budget, "loss", found.task.quality_name)
         return found.search.front(goal, OBJECTIVES[along], self.config.points)
 
+    def build(self, candidate: Candidate) -> Program:
+        """The program with the formats of a point of the curve, neither timed nor judged."""
+        return self._prepare().shop.build(candidate.choice)
+
     def _report(self) -> Report:
         found = self._prepare()
         report = Report(f"quantise {self._program.name}")
@@ -237,13 +244,14 @@ class AutoQuantizer:
         shop.store_all([*config.formats, *config.layers.values()])
         folder = Path(config.cache) if config.cache is not None else default_root().parent / "searches"
         about = (shop.parent.content_hash(), repr(replace(config, cache=None)), _machine(config.engine))
-        findings = Findings(folder, fingerprint(about, [(*leaves, label) for leaves, label in self._calibration]))
-        example = tuple(pytree.tree_leaves(self._program.example_inputs))
+        findings = Findings(
+            folder, fingerprint(about, [self._timed, *((*leaves, label) for leaves, label in self._calibration)])
+        )
         table = LatencyTable.from_dict(
             findings.get(
                 "table",
                 lambda: measure_table(
-                    shop, config.engine, config.formats, fixed, example, seconds=config.seconds
+                    shop, config.engine, config.formats, fixed, self._timed, seconds=config.seconds
                 ).to_dict(),
             )
         )
@@ -286,7 +294,7 @@ class AutoQuantizer:
     def _choose(self, found: _Prepared, goal: Goal) -> Verdict:
         """Solve, build, judge; repair where adding up went wrong; the best format for all if that wins."""
         judge = Judge(
-            found.shop, self.config.engine, self._program, self._held_out, found.task, goal, seconds=self.config.seconds
+            found.shop, self.config.engine, self._timed, self._held_out, found.task, goal, seconds=self.config.seconds
         )
         fallback = found.best_uniform(goal)
         tried: list[Verdict] = []

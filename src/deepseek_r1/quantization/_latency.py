@@ -120,7 +120,6 @@ def measure_table(
         leaves: flat inputs of the call that is timed.
         seconds: for timing, once everything is compiled.
     """
-    engine: Engine = ENGINES.get(engine_name)()
     choices = {FLOAT: shop.uniform(Float32(), fixed)}
     for fmt in formats:
         choice = shop.uniform(fmt, fixed)
@@ -130,17 +129,19 @@ def measure_table(
     with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as scratch:
         folders: dict[str, Path] = {}
         programs: dict[str, Program] = {}
+        engines: dict[str, Engine] = {}
         for number, name in enumerate(progress.track(list(choices), f"compiling for {engine_name}", len(choices))):
             programs[name] = shop.build(choices[name])
             folders[name] = Path(scratch) / str(number)
             folders[name].mkdir()
-            if reason := _build(engine, programs[name], folders[name]):
+            engines[name] = engine_for(engine_name, programs[name])
+            if reason := _build(engines[name], programs[name], folders[name]):
                 refused[name] = reason
                 del folders[name], programs[name]
         if FLOAT not in folders:
             return LatencyTable(engine=engine_name, base_ms=0.0, layers={}, refused=refused)
-        profiles = _profiles(engine, folders, leaves)
-        totals = _totals({n: engine.open(folders[n], _given(programs[n])) for n in folders}, leaves, seconds)
+        profiles = _profiles(engines, folders, leaves)
+        totals = _totals({n: engines[n].open(folders[n], _given(programs[n])) for n in folders}, leaves, seconds)
     sizes = _sizes(shop, leaves)
     shares = _Shares(shop, leaves, fixed)
     base, layers = shares.split(profiles, totals, {name: choices[name] for name in totals})
@@ -149,6 +150,15 @@ def measure_table(
         neighbours=_neighbours(shop, sizes, profiles.get("int8-static", [])),
     )  # fmt: skip
     return _fitted(table, choices)
+
+
+def engine_for(name: str, program: Program) -> Engine:
+    """The engine that runs a program under an engine's name: PyTorch, for a float one that it leaves to others."""
+    engine: Engine = ENGINES.get(name)()
+    if program.precision == "fp32" and not engine.unavailable() and engine.unsupported(program):
+        other: Engine = ENGINES.get("eager")()
+        return other
+    return engine
 
 
 def _given(program: Program) -> Any:
@@ -165,8 +175,10 @@ def _build(engine: Engine, program: Program, folder: Path) -> str:
     return ""
 
 
-def _profiles(engine: Engine, folders: Mapping[str, Path], leaves: Sequence[Any]) -> dict[str, list[OperatorTime]]:
-    opened = {name: engine.profile(folder) for name, folder in folders.items()}
+def _profiles(
+    engines: Mapping[str, Engine], folders: Mapping[str, Path], leaves: Sequence[Any]
+) -> dict[str, list[OperatorTime]]:
+    opened = {name: engines[name].profile(folder) for name, folder in folders.items()}
     running = {name: profile for name, profile in opened.items() if profile is not None}
     with torch.no_grad():
         # In turns, so that what disturbs one disturbs all.

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 
 from ..core import Float32
-from ..engines import ENGINES, Engine, Runner
+from ..engines import Runner
 from ..graph import Program
 from ..measure import Latency, paired_latency, ratio_interval
+from ._latency import engine_for
 from ._search import Candidate, Goal
 from ._task import Outputs, Task
 from ._workshop import Workshop
@@ -95,18 +95,18 @@ class Judge:
     """Tests candidates against the float model and the best format for all layers.
 
     Args:
-        program: whose example inputs are timed.
+        timed: flat inputs of the call whose latency counts.
         held_out: flat inputs and labels.
         seconds: for timing.
     """
 
     def __init__(
-        self, shop: Workshop, engine: str, program: Program, held_out: Sequence[tuple[tuple[Any, ...], Any]],
+        self, shop: Workshop, engine: str, timed: Sequence[Any], held_out: Sequence[tuple[tuple[Any, ...], Any]],
         task: Task, goal: Goal, *, seconds: float,
     ) -> None:  # fmt: skip
         self._shop, self._task, self._goal, self._seconds = shop, task, goal, seconds
-        self._engine: Engine = ENGINES.get(engine)()
-        self._example = pytree.tree_leaves(program.example_inputs)
+        self._engine = engine
+        self._timed = timed
         self._held_out = held_out
         self._floats = [shop.trial.run({}, leaves) for leaves, _ in held_out]
         self._kept: dict[str, tuple[Program, Runner, int]] = {}
@@ -139,7 +139,7 @@ class Judge:
         return Candidate(dict.fromkeys(candidate.choice, Float32()), {}, "all in float32")
 
     def _call(self, runner: Runner) -> Any:
-        return lambda: runner(self._example)
+        return lambda: runner(self._timed)
 
     def _compiled(self, candidate: Candidate, *, keep: bool) -> tuple[Program, Runner, int]:
         key = repr(sorted((name, str(fmt)) for name, fmt in candidate.choice.items()))
@@ -148,9 +148,10 @@ class Judge:
         program = self._shop.build(candidate.choice)
         with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as scratch:
             folder = Path(scratch)
-            self._engine.build(program, folder, program.precision)
+            engine = engine_for(self._engine, program)
+            engine.build(program, folder, program.precision)
             size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-            made = (program, self._engine.open(folder, lambda: program), size)
+            made = (program, engine.open(folder, lambda: program), size)
         if keep:
             self._kept[key] = made
         return made
