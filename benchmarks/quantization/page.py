@@ -99,4 +99,27 @@ def search(found: dict[str, Any]) -> Page:
             below.append(f"- {row['name']}: no effective bits: {_short(searched['failed'])}")
         elif searched:
             below.append(f"- {row['name']}: ModelOpt took {searched['seconds']:.0f} s to calibrate and score.")
+        if found_out := row.get("verdict"):
+            below.append(f"- {row['name']}: {_searched(row, found_out)}")
     return head, body, below
+
+
+def _searched(row: dict[str, Any], verdict: dict[str, Any]) -> str:
+    said = []
+    for kind in ("uniform", "effective-bits"):
+        rivals = [v for n, v in verdict["against"].items() if n.startswith(kind)]
+        if rivals:
+            loss, speed = (sum(v[k] for v in rivals) for k in ("lower_loss", "lower_latency"))
+            said.append(
+                f"of {len(rivals)} points of {kind}, ours has a lower loss at no more latency than {loss}, and a lower "
+                f"latency at no more loss than {speed}"
+            )
+    for measure, what in (("latency", "latency relative to float32"), ("loss", "loss")):
+        if measure in verdict:
+            quality = verdict[measure]
+            error = f"mean error {quality['mape']:.1%}, " if measure == "latency" else ""
+            said.append(f"predicted {what}: {error}rank correlation {quality['spearman']:.2f}")
+    if "search" in row:
+        search = row["search"]
+        said.append(f"search {search['cpu_seconds']:.0f} CPU s for {search['parameters'] / 1e6:.1f} M parameters")
+    return "; ".join(said) + "."

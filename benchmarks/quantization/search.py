@@ -151,10 +151,13 @@ def our_points(net: nets.Net, row: dict[str, Any]) -> Iterable[tuple[str, Callab
     quantizer = AutoQuantizer(captured(net), dataset=[*net.calibration, *net.calibration[:1]], example_inputs=one,
                               config=config)  # fmt: skip
     curve = quantizer.pareto()
+    plain = quantizer.uniform()[0].costs["ms"]
     numbers = sum(p.numel() for p in net.build().parameters())
     row["search"] = {
         "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - begin, "parameters": numbers,
-        "predicted": {f"ours {i}": c.costs for i, c in enumerate(curve)},
+        "predicted": {
+            f"ours {i}": {"loss": c.costs["loss"], "latency": c.costs["ms"] / plain} for i, c in enumerate(curve)
+        },
     }  # fmt: skip
     for i, candidate in enumerate(curve):
         yield f"ours {i}", functools.partial(quantizer.build, candidate)
@@ -187,6 +190,22 @@ def against(ours: Sequence[Point], other: Point) -> dict[str, Any]:
         "lower_loss": bool(as_fast) and min(as_fast) < other["loss"],
         "lower_latency": bool(as_good) and min(as_good) < other["latency"] * (1 - EQUAL),
     }  # fmt: skip
+
+
+def verdict(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What our points have over each other one, and how well they were predicted."""
+    points = {n: p for n, p in row["points"].items() if "latency" in p}
+    ours = {n: p for n, p in points.items() if n.startswith("ours")}
+    if not ours:
+        return {}
+    found: dict[str, Any] = {"against": {n: against([*ours.values()], p) for n, p in points.items() if n not in ours}}
+    predicted = row.get("search", {}).get("predicted", {})
+    known = [n for n in ours if n in predicted]
+    for measure in ("latency", "loss"):
+        pairs = [(predicted[n][measure], ours[n][measure]) for n in known if ours[n][measure]]
+        if len(pairs) > 2:
+            found[measure] = prediction_quality(*zip(*pairs, strict=True))
+    return found
 
 
 def prediction_quality(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float]:
@@ -225,6 +244,7 @@ def _time(name: str, row: dict[str, Any], options: argparse.Namespace) -> None:
     row["latency"] = json.loads(done.stdout.rpartition("@@row ")[2])
     for label, relative in row["latency"]["relative"].items():
         row["points"][label]["latency"] = relative
+    row["verdict"] = verdict(row)
     row["frontier"] = frontier({n: p for n, p in row["points"].items() if "latency" in p})
     print(name, row["latency"]["noise"], row["frontier"], flush=True)
 

@@ -215,6 +215,10 @@ class AutoQuantizer:
         goal = Goal.of(budget, "loss", found.task.quality_name)
         return found.search.front(goal, OBJECTIVES[along], self.config.points)
 
+    def uniform(self) -> list[Candidate]:
+        """Each format for all layers that can have it, float32 first; their latency is measured, not predicted."""
+        return self._prepare().uniform
+
     def build(self, candidate: Candidate) -> Program:
         """The program with the formats of a point of the curve, neither timed nor judged."""
         return self._prepare().shop.build(candidate.choice)
