@@ -21,15 +21,16 @@ class PowerSpectrum(nn.Module):
 
 
 class Residual(nn.Module):
-    """A convolution beside its input."""
+    """A convolution beside its input, and a layer that reads their sum."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
 
     def forward(self, x):
         x = self.first(x).relu()
-        return (x + self.second(x)).relu().mean((2, 3))
+        return self.head((x + self.second(x)).relu().mean((2, 3)))
 
 
 @pytest.fixture
