@@ -74,7 +74,10 @@ def test_training_recovers(trained, digits, quick):
 def test_batch_statistics_are_those_of_the_data(digits):
     model = residual()
     batches = [torch.randn(16, 3, 8, 8) for _ in range(4)]
-    assert reestimate_(model, batches, 3) == 3
+    few = model[1].n1.running_mean.clone()
+    assert reestimate_(model, batches, 3) == 48
+    assert torch.equal(model[1].n1.running_mean, few), "too few samples change nothing"
+    assert reestimate_(model, batches, 3, least=10) == 48
     inside = model[1].a(model[0](torch.cat(batches[:3])))
     torch.testing.assert_close(model[1].n1.running_mean, inside.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
     assert model[1].n1.momentum == 0.1

@@ -18,7 +18,7 @@ from ..train._evaluate import evaluate
 from ._allocate import Bill, Choice, Ladder, bytes_of, choose, operations_of, parameters_of
 from ._examples import examples_for
 from ._plan import PruningPlan
-from ._recover import recover_, reestimate_
+from ._recover import ENOUGH_SAMPLES, recover_, reestimate_
 from ._structure import Structure
 from ._surgery import Trial, plan_of
 from ._timing import Speed, compared, timed
@@ -234,8 +234,10 @@ class Compression:
             )  # fmt: skip
             self.report.sections.append(section)
             reestimate_(state.model, loader, batches)
-        if done:
-            self.report.note(f"batch statistics were estimated anew over {done} batches")
+        if done >= ENOUGH_SAMPLES:
+            self.report.note(f"batch statistics were estimated anew over {done} samples")
+        elif done:
+            self.report.skip("batch statistics", f"{done} samples are too few to estimate them anew")
 
     def _metrics(self, model: nn.Module) -> dict[str, float] | None:
         if self.val is None:
@@ -312,8 +314,13 @@ class Compression:
             how = f"{each} a unit; in {len(group.members)} places"
             self.report.add(f"channels of {group.name}", left, before=int(mine.size), how=how)
         structure = state.structure or first
+        reasons: dict[str, list[str]] = {}
         for name, why in structure.pinned.items():
-            self.report.skip(name, why)
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self.report.skip(", ".join(names[:3]) + more, why)
+        self.report.facts["pinned"] = dict(structure.pinned)
 
 
 @dataclass(frozen=True, kw_only=True)

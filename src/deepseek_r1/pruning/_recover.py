@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import Report
-from ..data import unpack_batch
+from ..data import batch_size, unpack_batch
 from ..data._batch import to_device
 from ..train import Objective, Trainer, TrainingConfig
 from ._config import PruneConfig
@@ -23,16 +23,22 @@ from ._config import PruneConfig
 LossFunction = Callable[[Any, Any], Tensor]
 
 
-def reestimate_(model: nn.Module, loader: Iterable[Any], batches: int) -> int:
+#: From fewer samples than this, batch statistics are less exact than those that pruning left.
+ENOUGH_SAMPLES = 200
+
+
+def reestimate_(model: nn.Module, loader: Iterable[Any], batches: int, *, least: int = ENOUGH_SAMPLES) -> int:
     """Changes the running statistics of batch normalisation in `model`: their means over batches of training data.
 
-    What feeds a layer has fewer channels now, so its inputs are spread differently. Returns the batches that were run.
+    What feeds a layer has fewer channels now, so its inputs are spread differently. Returns the samples that were run;
+    with fewer than `least` the statistics are left as they were.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms or not batches:
         return 0
     before = [(m, m.training) for m in model.modules()]
     momenta = [m.momentum for m in norms]
+    kept = [copy.deepcopy(m.state_dict()) for m in norms]
     device = next(iter(model.parameters())).device
     done = 0
     try:
@@ -46,10 +52,12 @@ def reestimate_(model: nn.Module, loader: Iterable[Any], batches: int) -> int:
             for batch in islice(loader, batches):
                 args, kwargs, _ = to_device(unpack_batch(batch), device)
                 model(*args, **kwargs)
-                done += 1
+                done += batch_size((args, kwargs))
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, before_it in zip(norms, momenta, kept, strict=True):
             norm.momentum = momentum
+            if done < least:
+                norm.load_state_dict(before_it)
         for module, was in before:
             module.training = was
     return done

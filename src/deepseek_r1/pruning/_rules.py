@@ -301,7 +301,7 @@ def broadcast(at: Place, operands: Sequence[Dims], shapes: Sequence[Sequence[int
         same = [atoms for atoms, size in here if size == longest]
         joined = same[0]
         for atoms in same[1:]:
-            joined = at.ledger.join(joined, atoms, f"{at.name} with what is no channel")
+            joined = at.ledger.join(joined, atoms, f"{at.name} joins it with what is no channel")
         out.append(joined)
     return tuple(out)
 

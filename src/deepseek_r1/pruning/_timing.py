@@ -19,7 +19,7 @@ from ._plan import PruningPlan
 from ._splits import shape_of
 from ._structure import Structure, layer_of
 
-STEPS = (1, 2, 4, 8, 16)
+STEPS = (4, 8, 16)
 #: A count of channels may take so many times as long per channel as the best one.
 _WASTE = 1.1
 #: Without a layer wide enough to measure.
