@@ -164,6 +164,41 @@ def test_latency_is_measured_and_said(trained):
     assert any(check.name == "not slower than before" for check in report.checks)
 
 
+def test_a_budget_that_is_met_already_changes_nothing(quick):
+    model = residual()
+    small = R1Pruner(model, budget=Budget(latency_ms=1e6), example_inputs=IMAGE, config=quick).compress()
+    assert _count(small) == _count(model)
+    assert any("nothing had to leave" in note for note in small.pruning.notes)
+
+
+def test_a_latency_is_searched_for(monkeypatch, quick):
+    from deepseek_r1.pruning import _compress
+
+    # A clock that counts parameters: what is measured on a busy machine proves nothing.
+    def clock(modules, example, **how):
+        return {n: type("Latency", (), {"median_ms": _count(m) / 1000})() for n, m in modules.items()}
+
+    monkeypatch.setattr(_compress, "timed", clock)
+    model = residual()
+    limit = 0.7 * _count(model) / 1000
+    small = R1Pruner(model, budget=Budget(latency_ms=limit), example_inputs=IMAGE, config=quick).compress()
+    assert 0.9 * limit < _count(small) / 1000 <= limit
+
+
+def test_few_samples_estimate_no_statistics(quick):
+    model = residual()
+    batches = [torch.randn(8, 3, 8, 8)]
+    small = R1Pruner(model, dataset=batches, config=quick).compress()
+    assert ("batch statistics", "8 samples are too few to estimate them anew") in small.pruning.skipped
+
+
+def test_a_model_from_an_onnx_file(tmp_path, quick):
+    dr1.deploy.export(residual().eval(), tmp_path / "m.onnx", example_inputs=IMAGE)
+    model = dr1.load_model(str(tmp_path / "m.onnx"))
+    small = R1Pruner(model, example_inputs=IMAGE, config=quick).compress()
+    assert small.pruning.facts["sparsity"] >= 0.3
+
+
 def test_accuracy_alone_goes_as_far_as_it_may(trained, digits, quick):
     small = R1Pruner(trained, dataset=digits.train, budget=Budget(accuracy_drop=0.3), config=quick).compress(
         val_loader=digits.val

@@ -7,7 +7,7 @@ from zoo import convnets, text
 
 from deepseek_r1.core import Report
 from deepseek_r1.pruning._structure import structure_of
-from deepseek_r1.pruning._surgery import NARROW, Trial, half_of, plan_of, settle
+from deepseek_r1.pruning._surgery import EXACT, NARROW, Trial, half_of, plan_of, settle
 
 PICTURE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(0, 90, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,9 @@ def test_gpt2_needs_integers_changed():
     assert (attention.num_heads, attention.split_size, attention.c_attn.nf) == (1, 8, 24)
 
 
-def test_narrow_casts_are_known():
+def test_code_that_computes_in_float32_is_judged_by_what_it_can():
     pytest.importorskip("transformers")
     model = Logits(text._llama(True)).eval()
-    assert Trial(model, structure_of(model, IDS), jitter=False).allowed == NARROW
+    assert EXACT < Trial(model, structure_of(model, IDS), jitter=False).allowed < NARROW
+    exact = convnets.squeezenet(True).eval()
+    assert Trial(exact, structure_of(exact, PICTURE), jitter=False).allowed == EXACT

@@ -144,7 +144,7 @@ class Compression:
             removed = structure.mask(choice.removed())
             plan = plan_of(structure, removed)
             cut = plan.apply(state.model)
-            if not last or not self._slower(cut, structure.program.example_inputs):
+            if not last or not self._slower(cut, self.pruner._timed_on(structure)):
                 break
             if self.config.channel_step != "auto" or self.step >= _LARGEST_STEP:
                 break
@@ -189,12 +189,12 @@ class Compression:
         def at(share: float) -> tuple[Choice, float]:
             choice = choose(structure, ladders, weigh, (1 - share) * whole)
             cut = plan_of(structure, structure.mask(choice.removed())).apply(model)
-            return choice, timed({"cut": cut}, structure.program.example_inputs, rounds=15, seconds=3.0)[
+            return choice, timed({"cut": cut}, self.pruner._timed_on(structure), rounds=15, seconds=3.0)[
                 "cut"
             ].median_ms
 
         start = plan_of(structure, structure.mask(least.removed())).apply(model)
-        now = timed({"cut": start}, structure.program.example_inputs, rounds=15, seconds=3.0)["cut"].median_ms
+        now = timed({"cut": start}, self.pruner._timed_on(structure), rounds=15, seconds=3.0)["cut"].median_ms
         if now <= target.latency_ms:
             return least
         best, fastest = at(1.0)
@@ -265,6 +265,8 @@ class Compression:
             "size", bytes_in(result) / 1e6, before=bytes_in(model) / 1e6, unit="MB", how="parameters and buffers"
         )
         report.facts["sparsity"] = 1 - after / before
+        if after == before:
+            report.note("nothing had to leave: the module is within the budget as it is")
         assert self.first is not None, "at least one round was done"
         self._table(state, self.first)
         if self.speed is None:
@@ -274,6 +276,12 @@ class Compression:
             report.add("latency", speed.after_ms, before=speed.before_ms, unit="ms", how=speed.how)
             report.facts["speedup"] = list(speed.interval)
             report.check("not slower than before", not speed.slower, speed.how)
+        limit = self.pruner.budget.latency_ms
+        if limit is not None and self.speed is not None:
+            # Measured once more than when it was chosen, so noise is allowed for.
+            report.check(
+                "within latency_ms", self.speed.after_ms <= 1.1 * limit, f"{self.speed.after_ms:.4g} of {limit:g} ms"
+            )
         report.check(
             "answers equal those with the channels switched off", True, f"difference {state.error:.2g}, float64"
         )

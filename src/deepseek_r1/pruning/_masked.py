@@ -69,8 +69,8 @@ class _Masked(Interpreter):
 
     def _off(self, value: Tensor, dims: Dims, *, in_place: bool) -> Tensor:
         for dim, kept in self.kept(dims).items():
-            gone = torch.ones(value.shape[dim], dtype=torch.bool)
-            gone[kept] = False
+            gone = torch.ones(value.shape[dim], dtype=torch.bool, device=value.device)
+            gone[kept.to(value.device)] = False
             at = gone.nonzero().flatten()
             if in_place:
                 value.index_fill_(dim, at, 0)
@@ -108,6 +108,7 @@ class _Masked(Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         value = args[0]
         full = value.shape
+        kept = {dim: at.to(value.device) for dim, at in kept.items()}
         for dim, at in kept.items():
             value = value.index_select(dim, at)
         rest = list(args[1:])

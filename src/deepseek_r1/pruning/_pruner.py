@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from ..core import Budget, ConfigError, InputError, Report
+from ..data._batch import to_device
+from ..graph import as_inputs
 from ._allocate import Bill, GroupCurve, Ladder, curve_of, parameters_of
 from ._compress import Compression, parameters_in
 from ._config import PruneConfig
@@ -158,12 +160,20 @@ class R1Pruner:
     def _ladders(self, structure: Structure, importance: Importance, step: int) -> list[Ladder]:
         return [Ladder(g, importance, step, self.config.keep_at_least) for g in structure.groups]
 
+    def _timed_on(self, structure: Structure) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What latency is measured on: the example inputs with all their samples, where they were given."""
+        if self.example_inputs is None:
+            return structure.program.example_inputs
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        found: tuple[tuple[Any, ...], dict[str, Any]] = to_device(as_inputs(self.example_inputs), device)
+        return found
+
     def _times(self, structure: Structure, ladder: Ladder) -> dict[int, float]:
         rungs = sorted({round(i * (len(ladder.stops) - 1) / 3) for i in range(4)})
         cut = {
             str(ladder.stops[r]): plan_of(structure, structure.mask(ladder.removed(r))).apply(self.model) for r in rungs
         }
-        times = timed(cut, structure.program.example_inputs, rounds=12, seconds=5.0)
+        times = timed(cut, self._timed_on(structure), rounds=12, seconds=5.0)
         return {int(kept): latency.median_ms for kept, latency in times.items()}
 
 

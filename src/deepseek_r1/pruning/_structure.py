@@ -96,7 +96,7 @@ class Structure:
     def mask(self, units: Any) -> Any:
         """A mask over all units, true for these."""
         found = np.zeros(self.number, dtype=bool)
-        found[units] = True
+        found[np.asarray(units, dtype=np.int64)] = True
         return found
 
 
