@@ -217,6 +217,27 @@ def from_page(make: Callable[[dict[str, Any]], page.Page]) -> Callable[[dict[str
     return made_of
 
 
+def kernels(found: dict[str, Any]) -> str:
+    """The native integer kernels."""
+    others = ("torch fp32", "torch int4 weights", "torch int8 product", "torch int8 dynamic",
+              "onnxruntime int8 dynamic", "onnxruntime 4 bits")  # fmt: skip
+    body = []
+    for row in found["rows"]:
+        ms = {name: value["ms"] for name, value in row["kernels"].items()}
+        # Of its formats and arrangements the fastest.
+        llama = min((value for name, value in ms.items() if name.startswith("llama.cpp")), default=None)
+        mine = [f"{ms[name]:.3g}" for name in ("int4 g32", "int4 g64", "int4 g128", "int8")]
+        theirs = [f"{ms[name]:.3g}" if name in ms else "–" for name in others]
+        body.append([
+            row["layer"].replace("x", " × "), row["rows"], "no" if row["out_of_cache"] else "yes", *mine,
+            f"{ms['int8'] / ms['int4 g64']:.2f}", f"{ms['onnxruntime int8 dynamic'] / ms['int8']:.2f}",
+            *theirs, "–" if llama is None else f"{llama:.3g}",
+        ])  # fmt: skip
+    head = ["layer", "rows", "in cache", "int4 g32, ms", "int4 g64", "int4 g128", "int8", "speed of int4 g64 over int8",
+            "speed of int8 over onnxruntime's", *others, "llama.cpp 4 bits"]  # fmt: skip
+    return f"{table(head, body)}\n\n{measured_on(found)}"
+
+
 #: Name of a table -> the result files it is made from, and what makes it.
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "zoo": (("optimize_zoo_cpu",), zoo),
@@ -224,6 +245,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "int8": (("int8_peers",), int8),
     "custom-op": (("custom_op", "custom_op_cuda"), custom_op),
     "memory": (("memory_and_reload",), memory),
+    "kernels": (("kernels",), kernels),
     "passes": (("passes", "passes_cuda"), passes),
     "ptq": (("ptq_peers",), from_page(page.ptq)),
     "quantization-search": (("quantization_search",), from_page(page.search)),

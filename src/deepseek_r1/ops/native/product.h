@@ -64,25 +64,35 @@ template <class T>
 void finish(const Job& job, int64_t panel, int64_t from, int64_t count, const T* sums) {
   const Weights& w = job.weights;
   const int64_t first = panel * PANEL, width = std::min(PANEL, w.outputs - first);
-  float line[PANEL], bias[PANEL] = {};
+  float narrow[PANEL], bias[PANEL] = {};
   std::copy(job.bias + first, job.bias + first + width, bias);
   for (int64_t r = 0; r < count; ++r, sums += PANEL) {
     const float scale = job.rows.scale[from + r];
     const int32_t zero = job.rows.zero[from + r];
+    float* to = job.output + (from + r) * w.outputs + first;
+    float* line = width == PANEL ? to : narrow;
     if constexpr (std::is_same_v<T, float>) {
       const float* real = w.real_sums(panel);
       const float shift = static_cast<float>(zero);
+#pragma omp simd
       for (int64_t n = 0; n < PANEL; ++n) line[n] = scale * (sums[n] - shift * real[n]) + bias[n];
     } else {
       const float* scales = w.channel_scales(panel);
       const int32_t* stored = w.channel_sums(panel);
+#pragma omp simd
       for (int64_t n = 0; n < PANEL; ++n) {
         line[n] = scale * scales[n] * static_cast<float>(sums[n] - zero * stored[n]) + bias[n];
       }
     }
-    apply(job.function, PANEL, line);
-    std::copy(line, line + width, job.output + (from + r) * w.outputs + first);
+    if (job.function != NONE) apply(job.function, PANEL, line);
+    if (width < PANEL) std::copy(line, line + width, to);
   }
+}
+
+// Asks for one of several parts of what comes next in memory, while the processor multiplies what it has.
+inline void ahead(const void* from, int64_t bytes, int64_t part, int64_t parts) {
+  const char* start = static_cast<const char*>(from);
+  for (int64_t i = bytes * part / parts; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch(start + i, 0, 2);
 }
 
 inline void panel8(const Job& job, int64_t panel, int64_t from, int64_t to) {
@@ -94,6 +104,7 @@ inline void panel8(const Job& job, int64_t panel, int64_t from, int64_t to) {
     const int8_t* values = job.weights.values(panel) + k * PANEL;
     for (int64_t b = from; b < to; ++b) {
       const int64_t rows = job.rows.size(b);
+      ahead(values + inputs * PANEL, inputs * PANEL, b - from, to - from);
       const Part part{job.rows.at(b) + k * rows, rows, values, inputs, nullptr, 0, 0};
       job.path.sums8(part, sums + (job.rows.first(b) - first) * PANEL);
     }
@@ -118,6 +129,8 @@ inline void panel4(const Job& job, int64_t panel, int64_t from, int64_t to) {
     }
     for (int64_t b = from; b < to; ++b) {
       const int64_t rows = job.rows.size(b), step = w.group_bytes() / 4;
+      const int64_t bytes = w.group_bytes() * (inputs / w.group);
+      ahead(w.nibbles(panel, group) + bytes, bytes, b - from, to - from);
       const Part part{job.rows.at(b) + k * rows, rows, values, inputs, w.scales(panel, group), step, w.group};
       job.path.sums4(part, sums + (job.rows.first(b) - first) * PANEL);
     }
