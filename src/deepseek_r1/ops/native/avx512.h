@@ -14,6 +14,10 @@
 namespace integer {
 namespace avx512 {
 
+// With few rows a product waits for memory. So many bytes before they are needed, weights are asked for.
+constexpr int FEW = 4;
+constexpr int64_t AHEAD = 2048;
+
 INTEGER_AVX512 inline __m512i four(const uint8_t* p) { return _mm512_set1_epi32(word(p)); }
 
 // Adds the products of `steps` times 4 inputs, for R rows and one panel.
@@ -23,6 +27,10 @@ INTEGER_AVX512 inline __attribute__((always_inline)) void add(
 #pragma GCC unroll 4
   for (int64_t s = 0; s < steps; ++s) {
     const __m512i left = _mm512_loadu_si512(weights + s * 128), right = _mm512_loadu_si512(weights + s * 128 + 64);
+    if (R <= FEW) {
+      _mm_prefetch(weights + s * 128 + AHEAD, _MM_HINT_T0);
+      _mm_prefetch(weights + s * 128 + AHEAD + 64, _MM_HINT_T0);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const __m512i x = four(rows + (s * R + r) * 4);
@@ -100,6 +108,8 @@ INTEGER_AVX512 void few4_of(const Rows& rows, const Weights& weights, int64_t pa
 #pragma GCC unroll 4
     for (int64_t p = 0; p < pairs; ++p) {
       const __m512i left = _mm512_loadu_si512(packed + p * 128), right = _mm512_loadu_si512(packed + p * 128 + 64);
+      _mm_prefetch(packed + p * 128 + AHEAD, _MM_HINT_T0);
+      _mm_prefetch(packed + p * 128 + AHEAD + 64, _MM_HINT_T0);
       const __m512i even_left = _mm512_and_si512(left, low), even_right = _mm512_and_si512(right, low);
       const __m512i odd_left = _mm512_and_si512(_mm512_srli_epi16(left, 4), low);
       const __m512i odd_right = _mm512_and_si512(_mm512_srli_epi16(right, 4), low);

@@ -104,7 +104,7 @@ inline void panel8(const Job& job, int64_t panel, int64_t from, int64_t to) {
     const int8_t* values = job.weights.values(panel) + k * PANEL;
     for (int64_t b = from; b < to; ++b) {
       const int64_t rows = job.rows.size(b);
-      ahead(values + inputs * PANEL, inputs * PANEL, b - from, to - from);
+      if (to - from > 1) ahead(values + inputs * PANEL, inputs * PANEL, b - from, to - from);
       const Part part{job.rows.at(b) + k * rows, rows, values, inputs, nullptr, 0, 0};
       job.path.sums8(part, sums + (job.rows.first(b) - first) * PANEL);
     }
