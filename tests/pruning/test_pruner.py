@@ -63,7 +63,9 @@ def test_data_judge_better_than_magnitude(trained, digits, quick):
 
 
 def test_training_recovers(trained, digits, quick):
-    small = R1Pruner(trained, sparsity=0.6, config=quick).compress(digits.train, digits.val, epochs=3, lr=3e-3)
+    small = R1Pruner(trained, sparsity=0.6, config=replace(quick, rounds=3)).compress(
+        digits.train, digits.val, epochs=3, lr=3e-3
+    )
     report = small.pruning
     assert _count(small) <= 0.4 * _count(trained)
     assert report["validation accuracy"].after > report["validation accuracy"].before - 0.05

@@ -93,7 +93,8 @@ class Compression:
         asked = self.config.rounds
         if self.train is None:
             return 1
-        return min(3, self.epochs) if asked == "auto" else min(int(asked), self.epochs)
+        # A round with fewer than four epochs has not recovered when the next one judges it.
+        return max(1, min(3, self.epochs // 4)) if asked == "auto" else min(int(asked), self.epochs)
 
     def _down_to(self, target: _Target) -> _State:
         """In rounds: prune a part, train a little, judge anew; the last round has the most epochs."""

@@ -29,7 +29,7 @@ class PruneConfig:
             which cost time.
         channel_step: channels are removed down to multiples of this; "auto" measures which multiples are fast here.
         keep_at_least: share of each group's channels that stays in any case.
-        rounds: how often is pruned, with training in between; "auto": up to 3 with a train loader, else once.
+        rounds: how often is pruned, with training in between; "auto": once for every four epochs, up to 3 times.
         skip: parts of names of layers whose output channels stay.
         temperature: softens both sides of the distillation.
         distillation: weight of the float model's answers in the loss of the recovery; the task's loss has the rest.
