@@ -15,6 +15,7 @@ from ._library import Attribute, Description, describe
 from ._native import native_library, native_missing, native_problem
 from ._packing import pack_uint4, unpack_uint4
 from ._register import NAMESPACE, CustomOp, libraries, register_custom_op, registered, registered_names
+from ._rows import gather_int8, gather_uint4
 
 __all__ = [
     "FUNCTIONS",
@@ -29,6 +30,8 @@ __all__ = [
     "MissingCompilerError",
     "build_op",
     "describe",
+    "gather_int8",
+    "gather_uint4",
     "include_dir",
     "integer_linear",
     "libraries",

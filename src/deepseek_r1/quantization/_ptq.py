@@ -21,10 +21,22 @@ import torch.ao.quantization.fx._decomposed
 import torch.utils._pytree as pytree
 from torch.fx import GraphModule, Node
 
-from ..core import INT8_ACTIVATION, ConfigError, Float32, InputError, Int8Static, LayerFormat, Report, progress
+from ..core import (
+    INT8_ACTIVATION,
+    ConfigError,
+    Float32,
+    InputError,
+    Int4Weight,
+    Int8Static,
+    Int8Weight,
+    LayerFormat,
+    Report,
+    progress,
+)
 from ..data import unpack_batch
 from ..graph import PASSES, Program, rewrite, simplify
 from ..graph.editing import own_weights
+from ._embeddings import store_tables, tied_layers
 from ._groups import METHODS
 from ._insert import apply_formats
 from ._layers import Layer, find_layers
@@ -49,6 +61,8 @@ class PTQConfig:
         equalisation: "off"; "weights" or "activations", for convolutions in a row (see `_equalise`); or "auto", which
             tries both and keeps one only if the quantised answers are better on calibration data. Needs data.
         scaling: "off"; "smoothquant" or "awq", for linear layers (see `_scaling`); or "auto". Needs data.
+        embedding: format of embedding tables, `Int8Weight()` or `Int4Weight()`; None leaves them float. A table that is
+            the weight of a quantised layer too is stored once, in that layer's format.
         calibration_batches: at most this many batches of the dataset are used.
         skip: parts of layer names (as in `named_modules`) that stay float.
 
@@ -66,6 +80,7 @@ class PTQConfig:
     rounding: str = "compensated"
     equalisation: str = "off"
     scaling: str = "off"
+    embedding: LayerFormat | None = None
     calibration_batches: int = 32
     skip: tuple[str, ...] = ()
     version: int = 1
@@ -88,6 +103,10 @@ class PTQConfig:
                 raise ConfigError(
                     f"PTQConfig: {name!r} is given {fmt!r}; a layer format such as Int8Static() is needed."
                 )
+
+        kept = self.embedding
+        if kept is not None and not isinstance(kept, Int8Weight | Int4Weight):
+            raise ConfigError(f"PTQConfig(embedding={kept!r}): Int8Weight() or Int4Weight() is needed, or None.")
 
     def format_of(self, name: str) -> LayerFormat:
         """The format of a layer: that of the longest name which it bears or lies in."""
@@ -148,6 +167,7 @@ def _quantised(base: Program, batches: list[tuple[Any, ...]], config: PTQConfig)
         ranges = Ranges(module, dict.fromkeys(origins.values()))
         if plan.values:
             ranges.observe(batches, histogram=config.activation_clip == "mse")
+        tied = tied_layers(module, formats)
         moments = _moments(module, formats, batches, config)
         apply_formats(
             module, formats, plan,
@@ -156,7 +176,10 @@ def _quantised(base: Program, batches: list[tuple[Any, ...]], config: PTQConfig)
             ),
             lambda node: ranges.limits(origins[node], INT8_ACTIVATION, config.activation_clip),
         )  # fmt: skip
-        for name, count in Counter(map(str, used)).items():
+        if config.embedding is not None:
+            clips = config.weight_clip, config.group_clip
+            used.extend(store_tables(module, config.embedding, tied, *clips, config.skip, report))
+        for name, count in Counter(str(fmt) for layer, fmt in formats.items() for _ in layer.nodes).items():
             report.add(f"layers in {name}", count, before=0, how="convolutions and linear layers")
         if plan.additions:
             report.add("additions in int8", len(plan.additions), before=0, how="residual additions")
