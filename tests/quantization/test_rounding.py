@@ -8,8 +8,9 @@ from torch import nn
 
 from deepseek_r1.core import INT8_ACTIVATION, INT8_WEIGHT, InputError, IntFormat
 from deepseek_r1.graph import capture
+from deepseek_r1.quantization._groups import quantize_groups
 from deepseek_r1.quantization._observe import Ranges, affine, quantize_weight
-from deepseek_r1.quantization._rounding import Moments, _columns, observe_moments, round_weight
+from deepseek_r1.quantization._rounding import Moments, _columns, observe_moments, round_groups, round_weight
 
 LIMITS = st.floats(-1e4, 1e4).map(float)
 
@@ -231,3 +232,43 @@ def test_limits_of_odd_ranges_are_finite_and_hold_zero(clip, span):
     scale, zero = affine(low, high, INT8_ACTIVATION)
     assert 0 < scale < float("inf")
     assert -128 <= zero <= 127
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), groups=st.integers(1, 3), out=st.integers(1, 5), inputs=st.integers(1, 140),
+    rank=st.integers(1, 20), offset=st.floats(-2, 2), exponent=st.integers(-4, 4),
+)  # fmt: skip
+def test_improved_rounding_is_no_worse_than_compensated(seed, groups, out, inputs, rank, offset, exponent):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(groups * out, inputs, generator=generator) * 10.0**exponent
+    mixing = torch.randn(groups, inputs, rank, generator=generator)
+    x = (mixing @ torch.randn(groups, rank, 300, generator=generator) + offset).double()
+    moments = Moments(x @ x.transpose(1, 2) / 300, x.mean(2), 300)
+    _, scales = quantize_weight(weight, INT8_WEIGHT, "mse")
+
+    def error(stored, missing):
+        change = (weight.double() - stored.double() * scales.double()[:, None]).reshape(groups, out, inputs)
+        return float((change @ x - missing.reshape(groups, out, 1)).square().mean())
+
+    before = error(*round_weight(weight, scales, moments, INT8_WEIGHT))
+    moments.improved = True
+    stored, missing = round_weight(weight, scales, moments, INT8_WEIGHT)
+    assert stored.abs().max() <= 127
+    assert error(stored, missing) <= before * (1 + 1e-6) + 1e-12
+
+
+def test_improved_rounding_gains():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 128, generator=generator)
+    x = (torch.randn(1, 128, 40, generator=generator) @ torch.randn(1, 40, 900, generator=generator)).double()
+    x = x + torch.randn(x.shape, generator=generator)
+    moments = Moments(x @ x.transpose(1, 2) / 900, x.mean(2), 900)
+    grouped = quantize_groups(weight, 32, symmetric=False, method="mse")
+    errors = []
+    for moments.improved in (False, True):
+        found, missing = round_groups(weight, grouped, moments)
+        assert found.values.max() <= 15
+        change = (weight - found.weight()).double() @ x[0] - missing[:, None]
+        errors.append(float(change.square().mean()))
+    assert errors[1] < 0.85 * errors[0]

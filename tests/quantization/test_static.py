@@ -49,7 +49,7 @@ def sqnr(a, b):
 
 
 @pytest.mark.parametrize("make", [digits_like, mixer])
-@pytest.mark.parametrize("rounding", ["compensated", "nearest"])
+@pytest.mark.parametrize("rounding", ["compensated", "nearest", "reconstructed"])
 def test_networks_stay_close(make, rounding):
     net, x = make()
     config = PTQConfig(rounding=rounding)
@@ -255,7 +255,7 @@ def test_models_that_cannot_be_quantised():
     [
         ({"activation_clip": "max"}, '"minmax" or "mse" is needed'),
         ({"weight_clip": None}, '"minmax" or "mse" is needed'),
-        ({"rounding": "up"}, '"nearest" or "compensated" is needed'),
+        ({"rounding": "up"}, '"nearest" or "compensated" or "reconstructed" is needed'),
         ({"calibration_batches": 0}, "at least 1"),
         ({"skip": "head"}, r"\('head',\)"),
     ],

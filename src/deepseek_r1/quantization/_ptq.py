@@ -57,7 +57,8 @@ class PTQConfig:
         activation_clip: "minmax" or "mse" (the clipping limit with the smallest squared error).
         weight_clip: the same for each output channel of 8-bit weights.
         group_clip: "minmax", "mse" or "hqq" for each group of 4-bit weights.
-        rounding: "nearest", or "compensated" (GPTQ and bias correction, see `_rounding`), which needs data.
+        rounding: "nearest"; "compensated" (GPTQ and bias correction, see `_rounding`); or "reconstructed" (that, and
+            then improved weight by weight, see `_reconstruct`). The last two need data.
         equalisation: "off"; "weights" or "activations", for convolutions in a row (see `_equalise`); or "auto", which
             tries both and keeps one only if the quantised answers are better on calibration data. Needs data.
         scaling: "off"; "smoothquant" or "awq", for linear layers (see `_scaling`); or "auto". Needs data.
@@ -88,7 +89,7 @@ class PTQConfig:
     def __post_init__(self) -> None:
         allowed = {
             "activation_clip": ("minmax", "mse"), "weight_clip": ("minmax", "mse"), "group_clip": METHODS,
-            "rounding": ("nearest", "compensated"), **OPTIONS,
+            "rounding": ("nearest", "compensated", "reconstructed"), **OPTIONS,
         }  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -149,7 +150,7 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
     report.add("calibration samples", sum(_rows(b) for b in batches), how=f"{len(batches)} batches")
     checked = batches[:1] or [tuple(pytree.tree_leaves(parent.example_inputs))]
     report.add("output SQNR", _sqnr(parent, result, checked), unit="dB", how="against float, first batch")
-    if config.rounding == "compensated" and not batches:
+    if config.rounding != "nearest" and not batches:
         report.note("no data were given: weights were rounded to the nearest instead of in the way that suits the data")
     return result
 
@@ -168,7 +169,7 @@ def _quantised(base: Program, batches: list[tuple[Any, ...]], config: PTQConfig)
         if plan.values:
             ranges.observe(batches, histogram=config.activation_clip == "mse")
         tied = tied_layers(module, formats)
-        moments = _moments(module, formats, batches, config)
+        moments = moments_of(module, [la for la, fmt in formats.items() if fmt.is_quantised], batches, config)
         apply_formats(
             module, formats, plan,
             lambda layer, fmt: stored_weight(
@@ -253,14 +254,18 @@ def _formats(module: GraphModule, config: PTQConfig, report: Report, name: str) 
     return found
 
 
-def _moments(
-    module: GraphModule, formats: Mapping[Layer, LayerFormat], batches: list[tuple[Any, ...]], config: PTQConfig
+def moments_of(
+    module: GraphModule, layers: Iterable[Layer], batches: list[tuple[Any, ...]], config: PTQConfig
 ) -> dict[Node, Moments]:
+    """What compensated rounding has to know of each layer that is called once; nothing if rounding is to the nearest."""
     if config.rounding == "nearest" or not batches:
         return {}
     # What several calls read is rounded to the nearest: compensation, and a bias, suit one.
-    single = [layer for layer, fmt in formats.items() if fmt.is_quantised and len(layer.nodes) == 1]
-    return observe_moments(module, {layer.nodes[0]: layer.weight for layer in single}, batches)
+    single = [layer for layer in layers if len(layer.nodes) == 1]
+    moments = observe_moments(module, {layer.nodes[0]: layer.weight for layer in single}, batches)
+    for seen in moments.values():
+        seen.improved = config.rounding == "reconstructed"
+    return moments
 
 
 def _rows(inputs: tuple[Any, ...]) -> int:

@@ -19,6 +19,7 @@ from ..core import UINT4, IntFormat
 from ..graph.editing import argument
 from ._groups import Grouped
 from ._observe import not_finite, watch
+from ._reconstruct import improve_rounding
 
 aten = torch.ops.aten
 #: Inputs of one output beyond which the second moments are not worth their cost (a 3 x 3 convolution of 455 channels).
@@ -37,6 +38,7 @@ class Moments:
         second: float64 [groups, inputs, inputs].
         mean: float64 [groups, inputs].
         count: positions that were looked at.
+        improved: whether rounding is improved after compensation, see `_reconstruct`.
         shared: whether several layers have these moments, so that keeping what follows from them is worth its memory.
     """
 
@@ -44,6 +46,7 @@ class Moments:
     mean: torch.Tensor
     count: int
     shared: bool = False
+    improved: bool = False
     _factors: dict[bool, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     def factor(self, *, ordered: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,10 +250,27 @@ def _compensated(
     # Compensation is greedy and the matrix damped, so that in a rare row plain rounding does less harm. Float64: a
     # difference of two squares.
     left, plain = (exact.double() - grid.real(v).double() for v in (stored, nearest))
-    worse = _error(left, moments) > _error(plain, moments)
-    stored = torch.where(worse[:, :, None], nearest, stored)
-    left = torch.where(worse[:, :, None], plain, left)
+    candidates = [(nearest, plain)]
+    if moments.improved:
+        other = _improved(exact, grid, moments, stored)
+        candidates.append((other, exact.double() - grid.real(other).double()))
+    least = _error(left, moments)
+    for other, change in candidates:
+        error = _error(change, moments)
+        better = error < least
+        least = torch.where(better, error, least)
+        stored = torch.where(better[:, :, None], other, stored)
+        left = torch.where(better[:, :, None], change, left)
     return stored, torch.einsum("goi,gi->go", left, moments.mean)
+
+
+def _improved(exact: torch.Tensor, grid: _Grid, moments: Moments, stored: torch.Tensor) -> torch.Tensor:
+    """Integers that leave no larger error than `stored`, once its mean is taken out."""
+    mean = moments.mean
+    covariance = (moments.second - mean[:, :, None] * mean[:, None, :]).float()
+    scale, zero, work, begin = (_turned(v.expand_as(exact)) for v in (grid.scale, grid.zero, exact, stored))
+    steps = improve_rounding(work, begin - zero, scale, grid.low - zero, grid.high - zero, covariance)
+    return _turned(steps + zero)
 
 
 def _passed_on(exact: torch.Tensor, grid: _Grid, reach: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

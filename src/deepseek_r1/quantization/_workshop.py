@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ..core import INT8_ACTIVATION, ConfigError, Float32, Int8Static, LayerFormat, Report, progress
 from ..graph import Program, rewrite
 from ._insert import apply_formats
 from ._layers import Layer, find_layers
 from ._observe import Ranges, affine
-from ._ptq import PTQConfig, precision_of_layers, simplified
-from ._rounding import Moments, observe_moments
+from ._ptq import PTQConfig, moments_of, precision_of_layers, simplified
 from ._static import range_of, static_plan
 from ._trial import Trial
 from ._weights import StoredWeight, stored_weight
@@ -54,15 +53,9 @@ class Workshop:
         ranges.observe(list(batches), histogram=config.activation_clip == "mse")
         found = {node: ranges.limits(node, INT8_ACTIVATION, config.activation_clip) for node in ranges.nodes}
         self._limits = {value: found[range_of(value)] for value in plan.values}
-        self._moments = self._observe_moments(list(batches))
+        self._moments = moments_of(self.module, self.layers, list(batches), config)
         self._stored: dict[tuple[Layer, int, int, bool], StoredWeight] = {}
         self.trial = Trial(self.module, self.store, {n: affine(*v, INT8_ACTIVATION) for n, v in self._limits.items()})
-
-    def _observe_moments(self, batches: list[tuple[Any, ...]]) -> dict[Node, Moments]:
-        if self._config.rounding == "nearest":
-            return {}
-        single = {layer.nodes[0]: layer.weight for layer in self.layers if len(layer.nodes) == 1}
-        return observe_moments(self.module, single, batches)
 
     def store(self, layer: Layer, fmt: LayerFormat) -> StoredWeight:
         """A layer's weight in a format; formats that differ in their activations alone share it."""
