@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import int8_peers
+import onnx
 import torch
 from torch import Tensor
 
 import deepseek_r1 as dr1
 from deepseek_r1.data import unpack_batch
-from deepseek_r1.engines import RaceConfig, optimize
+from deepseek_r1.engines import RaceConfig, optimize, to_onnx
 from deepseek_r1.quantization import quantize
 from deepseek_r1.runtime._openvino import load_openvino
 
@@ -33,12 +34,14 @@ class Rival:
         build: makes files in a folder from a network; what it returns is told in the result.
         open: what answers, from these files.
         batch_size: of the samples that it can take; None for any.
+        files: those that a runtime reads, whose size is told.
         packages: whose versions are told.
         only: the kind of network it is for; empty for all.
     """
 
     build: Callable[[Net, Path], str]
     open: Callable[[Net, Path], Answer]
+    files: tuple[str, ...]
     batch_size: int | None = 1
     packages: tuple[str, ...] = ()
     only: str = ""
@@ -60,6 +63,8 @@ def ours(net: Net, folder: Path, engines: list[str] | None = None) -> str:
     fast = optimize(program, dataset=net.calibration, example_inputs=net.one, engines=engines, race=race)
     fast.save(folder / "executable")
     fast.report.save(folder / "report.json")
+    # What ships, whichever engine won here.
+    onnx.save(to_onnx(fast.program), folder / "model.onnx")
     return f"{fast.engine} {fast.precision}" + (f" of {', '.join(engines)}" if engines else "")
 
 
@@ -141,13 +146,19 @@ def _onnx_opener(name: str) -> Callable[[Net, Path], Answer]:
 
 OURS = "deepseek-r1"
 RIVALS = {
-    OURS: Rival(build=ours, open=_open_ours, batch_size=None),
-    "NNCF": Rival(build=_nncf, open=_open_openvino, packages=("nncf", "openvino")),
-    "ONNX Runtime static": Rival(build=_onnx_static, open=_onnx_opener("qdq.onnx"), packages=("onnxruntime",)),
-    "ONNX Runtime dynamic": Rival(
-        build=_onnx_dynamic, open=_onnx_opener("dynamic.onnx"), packages=("onnxruntime",), only="transformer"
+    OURS: Rival(build=ours, open=_open_ours, files=("model.onnx",), batch_size=None),
+    "NNCF": Rival(build=_nncf, open=_open_openvino, files=("model.xml", "model.bin"), packages=("nncf", "openvino")),
+    "ONNX Runtime static": Rival(
+        build=_onnx_static, open=_onnx_opener("qdq.onnx"), files=("qdq.onnx",), packages=("onnxruntime",)
     ),
-    "torchao PT2E": Rival(build=_torchao, open=_open_inductor, packages=("torchao",)),
+    "ONNX Runtime dynamic": Rival(
+        build=_onnx_dynamic,
+        open=_onnx_opener("dynamic.onnx"),
+        files=("dynamic.onnx",),
+        packages=("onnxruntime",),
+        only="transformer",
+    ),
+    "torchao PT2E": Rival(build=_torchao, open=_open_inductor, files=("model.pt2",), packages=("torchao",)),
 }
 
 

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,10 @@ def build(name: str, rival: str, engines: list[str] | None = None) -> dict[str, 
     answer = who.open(net, where)
     check_open(net, answer)
     facts |= nets.judge(name, nets.answers(answer, net.held_out, who.batch_size))
-    # Files that the runtime reads, not those on the way there.
-    facts["file_bytes"] = sum(p.stat().st_size for p in where.rglob("*") if p.is_file() and p.stem not in _BETWEEN)
+    # Files that a runtime reads, not those on the way there.
+    facts["file_bytes"] = sum((where / file).stat().st_size for file in who.files)
     atomic.write_json(where / "losses.json", facts.pop("losses"))
     return facts
-
-
-_BETWEEN = ("raw", "ready")
 
 
 def build_apart(name: str, rival: str, python: str, engines: str | None) -> dict[str, Any]:
@@ -131,7 +129,7 @@ def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     atomic.write_json(path, head | {"versions": head["versions"] | versions, "rows": list(rows.values())})
 
 
-def _measure(name: str, row: dict[str, Any], options: argparse.Namespace) -> None:
+def _measure(name: str, row: dict[str, Any], options: argparse.Namespace, save: Callable[[], None]) -> None:
     """Do for one network what is asked for and missing, and judge."""
     net, pythons = nets.net(name), dict(given.split("=", 1) for given in options.peer_python)
     row |= {"name": name, "metric": net.metric, "higher_is_better": net.higher_is_better}
@@ -144,6 +142,7 @@ def _measure(name: str, row: dict[str, Any], options: argparse.Namespace) -> Non
                 continue
             rivals[rival] = build_apart(name, rival, pythons.get(rival, sys.executable), options.engines)
             print(name, rival, rivals[rival], file=sys.stderr, flush=True)
+            save()
     if not options.build or options.time:
         ready = [n for n in RIVALS if "metric" in rivals.get(n, {})]
         command = [sys.executable, str(Path(__file__).parent), "ptq", "--one", name, "--rival", ",".join(ready)]
@@ -177,8 +176,12 @@ def main(arguments: list[str]) -> int:
         print("\n@@row " + json.dumps(found))
         return 0
     rows = _read(options.out)
-    for name in options.only.split(",") if options.only else nets.NETS:
-        _measure(name, rows.setdefault(name, {}), options)
+
+    def save() -> None:
         _write(options.out, rows)
+
+    for name in options.only.split(",") if options.only else nets.NETS:
+        _measure(name, rows.setdefault(name, {"name": name, "rivals": {}}), options, save)
+        save()
         print(name, {k: v for k, v in rows[name]["verdict"].items() if k != "loss_against"}, flush=True)
     return 0
