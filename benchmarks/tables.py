@@ -249,6 +249,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "passes": (("passes", "passes_cuda"), passes),
     "ptq": (("ptq_peers",), from_page(page.ptq)),
     "quantization-search": (("quantization_search",), from_page(page.search)),
+    "four-bits": (("four_bits",), from_page(page.four_bits)),
     "quantization-exports": (("quantization_exports",), from_page(page.exports)),
 }
 

@@ -80,6 +80,22 @@ def exports(found: dict[str, Any]) -> Page:
     return head, body, []
 
 
+def four_bits(found: dict[str, Any]) -> Page:
+    """The GPT with 4-bit weights."""
+    head = ["by", "group", "perplexity", "× bfloat16 (95 %)", "loss of ours less its loss (95 %)"]
+    body = []
+    for row in found["rows"]:
+        if "failed" in row:
+            body.append([row["by"], str(row["group"]), f"failed: {_short(row['failed'])}", "–", "–"])
+            continue
+        low, middle, high = row["over_bfloat16"]
+        less = row["ours_less_it"]
+        own = "–" if row["by"] == _OURS else f"{less[1]:.2g} ({less[0]:.2g}–{less[2]:.2g})"
+        over = f"{middle:.4f} ({low:.4f}–{high:.4f})"
+        body.append([row["by"], str(row["group"]), f"{row['perplexity']:.3f}", over, own])
+    return head, body, []
+
+
 def search(found: dict[str, Any]) -> Page:
     """Points of the search, those on the frontier in bold."""
     head = ["network", "formats", "task metric", "loss", "latency, × float32", "file, MB", "layers"]
