@@ -93,14 +93,14 @@ def gptq(model: nn.Module, batches: list[Tensor], group: int) -> nn.Module:
 
 
 def _torchao(model: nn.Module, group: int, algorithm: str) -> nn.Module:
-    from torchao.quantization import Int4WeightOnlyConfig, quantize_
-    from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm, Int4PackingFormat
+    # Its form for CPUs is among the prototypes (0.18).
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
+    from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
 
     model = copy.deepcopy(model)
     choose = Int4ChooseQParamsAlgorithm(algorithm)
-    config = Int4WeightOnlyConfig(
-        group_size=group, int4_packing_format=Int4PackingFormat.OPAQUE, int4_choose_qparams_algorithm=choose
-    )
+    config = PrototypeInt4WeightOnlyConfig(group_size=group, int4_choose_qparams_algorithm=choose)
     quantize_(model, config)
     return model
 
