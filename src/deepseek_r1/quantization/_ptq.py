@@ -257,7 +257,7 @@ def _formats(module: GraphModule, config: PTQConfig, report: Report, name: str) 
 def moments_of(
     module: GraphModule, layers: Iterable[Layer], batches: list[tuple[Any, ...]], config: PTQConfig
 ) -> dict[Node, Moments]:
-    """What compensated rounding has to know of each layer that is called once; nothing if rounding is to the nearest."""
+    """What compensated rounding has to know of each layer; nothing if rounding is to the nearest."""
     if config.rounding == "nearest" or not batches:
         return {}
     # What several calls read is rounded to the nearest: compensation, and a bias, suit one.
