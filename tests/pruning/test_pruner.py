@@ -29,7 +29,8 @@ def trained(digits):
     dr1.seed_everything(0)
     model = DigitsNet(width=12)
     dr1.Trainer(model, digits.train, lr=5e-3, config=dr1.TrainingConfig(threads=1)).train(epochs=4)
-    return model
+    # Where there is a GPU, the Trainer moved it there.
+    return model.cpu()
 
 
 def _count(model):

@@ -9,7 +9,7 @@ from torch import nn
 from deepseek_r1.core import Float32, Int4Weight, Int8Dynamic, Int8Static, Int8Weight
 from deepseek_r1.graph import capture
 from deepseek_r1.quantization import PTQConfig
-from deepseek_r1.quantization._latency import FLOAT, LatencyTable, Neighbours, _fitted, measure_table
+from deepseek_r1.quantization._latency import FLOAT, LatencyTable, Neighbours, _fitted, _with_conversions, measure_table
 from deepseek_r1.quantization._workshop import Workshop
 
 FORMATS = (Int8Static(), Int8Dynamic(), Int8Weight(), Int4Weight(group_size=64))
@@ -130,6 +130,18 @@ def test_layers_are_scaled_to_the_measured_total() -> None:
     assert fitted.layers["a"]["int8-static"] == pytest.approx(1.4)
     mixed = {"a": Int8Static(), "b": Float32()}
     assert fitted.predict(mixed) == pytest.approx(1.0 + 1.4 + 3.0 * 5.6 / 5 + 0.2)
+
+
+def test_conversions_are_scaled_to_a_model_of_alternating_formats() -> None:
+    pair = Neighbours(first="a", second="b", store_ms=0.1, read_ms=0.2)
+    rows = {name: {FLOAT: 2.0, "int8-static": 1.0} for name in ("a", "b")}
+    table = LatencyTable(engine="e", base_ms=1.0, layers=rows, neighbours=[pair])
+    choice = {"a": Float32(), "b": Int8Static()}
+    assert _with_conversions(table, choice, 4.15).neighbours[0].store_ms == pytest.approx(0.15)
+    assert _with_conversions(table, choice, 4.15).predict(choice) == pytest.approx(4.15)
+    # What was measured to cost nothing costs nothing, and noise does not make it cost whatever it likes.
+    assert _with_conversions(table, choice, 3.0).neighbours[0].store_ms == 0.0
+    assert _with_conversions(table, choice, 99.0).neighbours[0].store_ms == pytest.approx(0.2)
 
 
 def test_only_a_difference_is_paid_for() -> None:

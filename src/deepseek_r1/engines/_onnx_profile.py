@@ -65,7 +65,7 @@ class OnnxProfile:
 
 
 def _weights(model: onnx.ModelProto) -> dict[str, int]:
-    """Numbers in the constant that each node multiplies with, by name of the node."""
+    """Numbers in the constant that each node multiplies with, or makes floats of, by name of the node."""
     constants = {i.name: math.prod(i.dims) for i in model.graph.initializer if len(i.dims) >= 2}
     for node in model.graph.node:
         # Stored numbers that are made floats at each call.
@@ -76,6 +76,8 @@ def _weights(model: onnx.ModelProto) -> dict[str, int]:
         sizes = {a.name: a.i for a in node.attribute}
         if node.op_type == "MatMulNBits":
             found[node.name] = sizes["K"] * sizes["N"]
+        elif node.op_type == "DequantizeLinear":
+            found[node.name] = constants.get(node.input[0], 0)
         elif any(word in node.op_type for word in ("Conv", "MatMul", "Gemm")):
             found[node.name] = max((constants.get(name, 0) for name in node.input), default=0)
     return found

@@ -29,7 +29,8 @@ class OperatorTime:
     Attributes:
         kind: the engine's name for the operator.
         ms: median, in milliseconds.
-        weight: numbers in the matrix or kernel that it multiplies with, if that is a constant; else 0.
+        weight: numbers in the matrix or kernel that it multiplies with, or makes floats of, if that is a constant;
+            else 0.
         elements: numbers in the largest of its other inputs.
     """
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.fx import Interpreter, Node
 
-from ..core import Float32, LayerFormat, progress
+from ..core import Float32, Int8Static, LayerFormat, progress
 from ..engines import ENGINES, Engine, OperatorTime, Runner
 from ..graph import Program
 from ..measure import paired_latency
@@ -46,6 +46,7 @@ _FOR_THE_LAST = ("DequantizeLinear",)
 #: Milliseconds of a conversion where none was seen: once, and for each number.
 _CONVERSION = (4e-3, 3e-7)
 _PROFILED_RUNS = 25
+_ALTERNATING = "alternating"
 #: By which factor a total may correct the profile of its layers.
 _MOST = 2.0
 
@@ -120,11 +121,13 @@ def measure_table(
         leaves: flat inputs of the call that is timed.
         seconds: for timing, once everything is compiled.
     """
-    choices = {FLOAT: shop.uniform(Float32(), fixed)}
+    choices: dict[str, Choice] = {FLOAT: shop.uniform(Float32(), fixed)}
     for fmt in formats:
         choice = shop.uniform(fmt, fixed)
         if choice not in choices.values():
             choices[str(fmt)] = choice
+    if str(Int8Static()) in choices:
+        choices[_ALTERNATING] = _alternating(choices[FLOAT], choices[str(Int8Static())])
     refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as scratch:
         folders: dict[str, Path] = {}
@@ -142,14 +145,31 @@ def measure_table(
             return LatencyTable(engine=engine_name, base_ms=0.0, layers={}, refused=refused)
         profiles = _profiles(engines, folders, leaves)
         totals = _totals({n: engines[n].open(folders[n], _given(programs[n])) for n in folders}, leaves, seconds)
-    sizes = _sizes(shop, leaves)
+    sizes, mixed, mixed_ms = _sizes(shop, leaves), profiles.pop(_ALTERNATING, []), totals.pop(_ALTERNATING, None)
+    refused.pop(_ALTERNATING, None)
     shares = _Shares(shop, leaves, fixed)
     base, layers = shares.split(profiles, totals, {name: choices[name] for name in totals})
     table = LatencyTable(
         engine=engine_name, base_ms=base, layers=layers, uniform=totals, how=shares.how, refused=refused,
-        neighbours=_neighbours(shop, sizes, profiles.get("int8-static", [])),
+        neighbours=_neighbours(shop, sizes, mixed),
     )  # fmt: skip
-    return _fitted(table, choices)
+    table = _fitted(table, choices)
+    return table if mixed_ms is None else _with_conversions(table, choices[_ALTERNATING], mixed_ms)
+
+
+def _alternating(plain: Choice, static: Choice) -> Choice:
+    """Every second layer in static int8, so that there are conversions of all sizes."""
+    return {name: (static if number % 2 else plain)[name] for number, name in enumerate(plain)}
+
+
+def _with_conversions(table: LatencyTable, choice: Choice, total_ms: float) -> LatencyTable:
+    """The table with what neighbours pay scaled to what a model of alternating formats took."""
+    paid = sum(n.ms(choice[n.first], choice[n.second]) for n in table.neighbours)
+    if paid <= 0:
+        return table
+    factor = min(max((total_ms - table.predict(choice) + paid) / paid, 0.0), _MOST)
+    scaled = [replace(n, store_ms=n.store_ms * factor, read_ms=n.read_ms * factor) for n in table.neighbours]
+    return replace(table, neighbours=scaled)
 
 
 def engine_for(name: str, program: Program) -> Engine:
@@ -241,20 +261,24 @@ class _Shares:
 
     def _profiled(self, operators: Sequence[OperatorTime]) -> dict[str, float] | None:
         """Layer -> ms of its operators with the conversions around them; None if they cannot be told apart."""
-        waiting = list(self._calls)
+        waiting, stored = list(self._calls), list(self._calls)
         found: dict[str, float] = {layer.name: 0.0 for layer in self._shop.layers}
         owners: list[str | None] = []
         for operator in operators:
-            layer = next((c for c in waiting if operator.weight and c.weight.numel() == operator.weight), None)
+            # What makes floats of a stored weight may run long before the layer.
+            those = stored if operator.kind in _FOR_THE_LAST else waiting
+            layer = next((c for c in those if operator.weight and c.weight.numel() == operator.weight), None)
             if layer is not None:
-                waiting.remove(layer)
+                those.remove(layer)
             owners.append(layer.name if layer else None)
         if len(waiting) > 0.1 * len(self._calls):
             return None
         last = None
         pending = 0.0
         for operator, owner in zip(operators, owners):
-            if owner is not None:
+            if owner is not None and operator.kind in _FOR_THE_LAST:
+                found[owner] += operator.ms
+            elif owner is not None:
                 found[owner] += operator.ms + pending
                 last, pending = owner, 0.0
             elif operator.kind in _FOR_THE_NEXT:
@@ -293,8 +317,10 @@ def _sum(operators: Iterable[OperatorTime]) -> float:
 
 def _neighbours(shop: Workshop, sizes: Mapping[Node, int], operators: Sequence[OperatorTime]) -> list[Neighbours]:
     owners = {output_of(node): layer for layer in shop.layers for node in layer.nodes}
-    store = _line([o for o in operators if o.kind == "QuantizeLinear"])
-    read = _line([o for o in operators if o.kind == "DequantizeLinear" and not o.weight])
+    store = _line([o for o in operators if o.kind == "QuantizeLinear"], _CONVERSION)
+    read = _line([o for o in operators if o.kind == "DequantizeLinear" and not o.weight], _CONVERSION)
+    # Integer convolutions want channels last: images are turned on the way in and out.
+    turn = _line([o for o in operators if o.kind == "Transpose"], _CONVERSION)
     found: dict[tuple[str, str], Neighbours] = {}
     for layer in shop.layers:
         for node in layer.nodes:
@@ -302,9 +328,10 @@ def _neighbours(shop: Workshop, sizes: Mapping[Node, int], operators: Sequence[O
                 pair = (owners[value].name, layer.name)
                 size = sizes.get(value, 0)
                 if pair[0] != pair[1] and pair not in found:
+                    turned = turn[0] + turn[1] * size if value.meta["val"].ndim == 4 else 0.0
                     found[pair] = Neighbours(
                         first=pair[0], second=pair[1],
-                        store_ms=store[0] + store[1] * size, read_ms=read[0] + read[1] * size,
+                        store_ms=store[0] + store[1] * size + turned, read_ms=read[0] + read[1] * size + turned,
                     )  # fmt: skip
     return list(found.values())
 
@@ -322,11 +349,11 @@ def _producers(value: Any, owners: Mapping[Node, Layer], additions: int = 1) -> 
     return []
 
 
-def _line(operators: Sequence[OperatorTime]) -> tuple[float, float]:
-    """Milliseconds once, and for each number."""
+def _line(operators: Sequence[OperatorTime], otherwise: tuple[float, float]) -> tuple[float, float]:
+    """Milliseconds once, and for each number; `otherwise` if too few operators tell."""
     sizes = np.array([o.elements for o in operators], float)
     if len(set(sizes.tolist())) < 3:
-        return _CONVERSION
+        return otherwise
     slope, start = np.polyfit(sizes, np.array([o.ms for o in operators]), 1)
     return max(float(start), 0.0), max(float(slope), 0.0)
 
