@@ -1,4 +1,4 @@
-"""Compression by smaller numbers: decides what to quantise and with which ranges. Knows no engine and no HTTP."""
+"""Compression by smaller numbers: decides what to quantise, with which ranges and formats. Knows no HTTP."""
 
 from __future__ import annotations
 
