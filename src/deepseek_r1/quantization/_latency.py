@@ -256,7 +256,7 @@ class _Shares:
         for name in totals:
             for n in self._free:
                 if str(choices[name][n]) == name:
-                    layers[n][name] = parts.get(name, share)[n]
+                    layers[n][name] = parts[name][n] if name in parts else share[n] * totals[name]
         return base, layers
 
     def _profiled(self, operators: Sequence[OperatorTime]) -> dict[str, float] | None:
@@ -271,6 +271,12 @@ class _Shares:
             if layer is not None:
                 those.remove(layer)
             owners.append(layer.name if layer else None)
+        # Some kernels are stored with their channels filled up; their order tells which they are.
+        nameless = [i for i, o in enumerate(operators) if o.weight and not owners[i] and o.kind not in _FOR_THE_LAST]
+        if len(nameless) == len(waiting):
+            for i, layer in zip(nameless, waiting):
+                owners[i] = layer.name
+            waiting = []
         if len(waiting) > 0.1 * len(self._calls):
             return None
         last = None
