@@ -45,6 +45,7 @@ class Net:
         clusters: for each held-out sample the number of the photograph, play or recording it is from.
         gradient_loss: what those differentiate who weigh layers by gradients; `losses` that are measured from the
             float answer have none there. None takes `losses`.
+        task: what AutoQuantizer is told of the output.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Net:
     higher_is_better: bool = True
     clusters: list[int] = field(default_factory=list)
     gradient_loss: Losses | None = None
+    task: str = "auto"
 
     @property
     def one(self) -> Any:
@@ -235,6 +237,7 @@ def _minilm() -> Net:
         name="minilm", kind="transformer", build=functools.cache(sources.minilm_l6),
         calibration=batched(calibrating, none[0], 8), held_out=batched(judged, none[1], 16), losses=_distance,
         metric="ten nearest shared with float32", score=_retrieval, gradient_loss=_projection,
+        task="values",
     )  # fmt: skip
 
 
@@ -246,7 +249,7 @@ def _silero() -> Net:
         name="silero_vad", kind="cnn", build=functools.cache(sources.silero_vad),
         calibration=batched(calibrating, none[0], 4), held_out=batched(judged, none[1], 8),
         losses=_binary_divergence, metric="speech decisions shared with float32", score=_decisions, clusters=clusters,
-        gradient_loss=_binary_cross_entropy,
+        gradient_loss=_binary_cross_entropy, task="values",
     )  # fmt: skip
 
 
@@ -281,11 +284,16 @@ def float_answers(name: str) -> Tensor:
 
 
 def judge(name: str, found: Tensor) -> dict[str, Any]:
-    """The task metric, and the loss of each held-out sample, of somebody's answers."""
+    """The task metric, the loss of each held-out sample, and how far from float32, of somebody's answers.
+
+    "divergence" is the KL divergence where the loss is a cross-entropy, which may fall by chance; else the loss.
+    """
     one, plain, labels = net(name), float_answers(name), labels_of(net(name).held_out)
-    losses = one.losses(found.reshape(plain.shape), labels, plain)
+    found = found.reshape(plain.shape)
+    losses = one.losses(found, labels, plain)
+    apart = divergence(found, labels, plain).mean() if one.losses is cross_entropy else losses.mean()
     return {
-        "metric": one.score(found.reshape(plain.shape), labels, plain), "loss": float(losses.mean()),
+        "metric": one.score(found, labels, plain), "loss": float(losses.mean()), "divergence": float(apart),
         "losses": losses.tolist(),
     }  # fmt: skip
 

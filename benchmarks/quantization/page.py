@@ -98,18 +98,19 @@ def four_bits(found: dict[str, Any]) -> Page:
 
 def search(found: dict[str, Any]) -> Page:
     """Points of the search, those on the frontier in bold."""
-    head = ["network", "formats", "task metric", "loss", "latency, × float32", "file, MB", "layers"]
+    head = ["network", "formats", "task metric", "loss", "divergence", "latency, × float32", "file, MB", "layers"]
     body, below = [], []
     for row in found["rows"]:
         for label, point in row["points"].items():
             if "failed" in point:
-                body.append([row["name"], label, f"none: {_short(point['failed'])}", *["–"] * 4])
+                body.append([row["name"], label, f"none: {_short(point['failed'])}", *["–"] * 5])
                 continue
             shown = f"**{label}**" if label in row.get("frontier", []) else label
             latency = f"{point['latency']:.2f}" if "latency" in point else "–"
             layers = ", ".join(f"{int(n)} {k.removeprefix('layers in ')}" for k, n in point["layers"].items())
             size = f"{point['file_bytes'] / 1e6:.2f}"
-            body.append([row["name"], shown, f"{point['metric']:.4f}", f"{point['loss']:.3g}", latency, size, layers])
+            losses = [f"{point['metric']:.4f}", f"{point['loss']:.3g}", f"{point['divergence']:.3g}"]
+            body.append([row["name"], shown, *losses, latency, size, layers])
         searched = row.get("effective_bits", {})
         if "failed" in searched:
             below.append(f"- {row['name']}: no effective bits: {_short(searched['failed'])}")
@@ -127,8 +128,8 @@ def _searched(row: dict[str, Any], verdict: dict[str, Any]) -> str:
         if rivals:
             loss, speed = (sum(v[k] for v in rivals) for k in ("lower_loss", "lower_latency"))
             said.append(
-                f"of {len(rivals)} points of {kind}, ours has a lower loss at no more latency than {loss}, and a lower "
-                f"latency at no more loss than {speed}"
+                f"of {len(rivals)} points of {kind}, ours diverges less at no more latency than {loss}, and is faster "
+                f"at no more divergence than {speed}"
             )
     for measure, what in (("latency", "latency relative to float32"), ("loss", "loss")):
         if measure in verdict:

@@ -67,8 +67,7 @@ Point = Mapping[str, Any]
 def captured(net: nets.Net) -> Program:
     """The float program, captured from two samples so that the batch stays free."""
     inputs = net.held_out[0][0]
-    return simplify(capture(net.build(), {k: v[:2] for k, v in inputs.items()} if isinstance(inputs, dict)
-                            else (inputs[:2],)))  # fmt: skip
+    return capture(net.build(), {k: v[:2] for k, v in inputs.items()} if isinstance(inputs, dict) else (inputs[:2],))
 
 
 def assigned(net: nets.Net, fmt: LayerFormat, layers: Mapping[str, LayerFormat] | None = None) -> Program:
@@ -126,7 +125,7 @@ def effective_bits(name: str, python: str, formats: Sequence[LayerFormat] = FORM
 def points_of(name: str, python: str | None, row: dict[str, Any]) -> Iterable[tuple[str, Callable[[], Program]]]:
     """Every point of a network by its label, with what makes it."""
     net = nets.net(name)
-    yield "float32", functools.partial(captured, net)
+    yield "float32", lambda: simplify(captured(net))
     for fmt in FORMATS:
         yield f"uniform {fmt}", functools.partial(assigned, net, fmt)
     yield from our_points(net, row)
@@ -146,7 +145,9 @@ def points_of(name: str, python: str | None, row: dict[str, Any]) -> Iterable[tu
 def our_points(net: nets.Net, row: dict[str, Any]) -> Iterable[tuple[str, Callable[[], Program]]]:
     """Points of AutoQuantizer's curve between loss and latency, with what it predicts of each."""
     one = net.one if isinstance(net.one, dict) else nets.leaves(net.one)
-    config = AutoConfig(engine=ENGINE, formats=FORMATS, points=OURS, calibration_batches=len(net.calibration))
+    config = AutoConfig(
+        engine=ENGINE, formats=FORMATS, points=OURS, calibration_batches=len(net.calibration), task=net.task
+    )
     start, begin = time.perf_counter(), time.process_time()
     quantizer = AutoQuantizer(captured(net), dataset=[*net.calibration, *net.calibration[:1]], example_inputs=one,
                               config=config)  # fmt: skip
@@ -161,6 +162,7 @@ def our_points(net: nets.Net, row: dict[str, Any]) -> Iterable[tuple[str, Callab
     }  # fmt: skip
     for i, candidate in enumerate(curve):
         yield f"ours {i}", functools.partial(quantizer.build, candidate)
+    yield "ours, no budget", quantizer.quantize
 
 
 def timed(name: str, labels: Sequence[str], rounds: int, seconds: float) -> dict[str, Any]:
@@ -178,31 +180,35 @@ def timed(name: str, labels: Sequence[str], rounds: int, seconds: float) -> dict
     }  # fmt: skip
 
 
-def against(ours: Sequence[Point], other: Point) -> dict[str, Any]:
+def against(ours: Sequence[Point], other: Point, loss: str = "loss") -> dict[str, Any]:
     """What the best of ours has over another point: at its latency the least loss, at its loss the least latency.
 
-    A point has "loss" and "latency"; latencies that differ by less than `EQUAL` are equal.
+    A point has `loss` and "latency"; latencies that differ by less than `EQUAL` are equal.
     """
-    as_fast = [p["loss"] for p in ours if p["latency"] <= other["latency"] * (1 + EQUAL)]
-    as_good = [p["latency"] for p in ours if p["loss"] <= other["loss"]]
+    as_fast = [p[loss] for p in ours if p["latency"] <= other["latency"] * (1 + EQUAL)]
+    as_good = [p["latency"] for p in ours if p[loss] <= other[loss]]
     return {
         "loss_at_equal_latency": min(as_fast, default=None), "latency_at_equal_loss": min(as_good, default=None),
-        "lower_loss": bool(as_fast) and min(as_fast) < other["loss"],
+        "lower_loss": bool(as_fast) and min(as_fast) < other[loss],
         "lower_latency": bool(as_good) and min(as_good) < other["latency"] * (1 - EQUAL),
     }  # fmt: skip
 
 
 def verdict(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What our points have over each other one, and how well they were predicted."""
+    """What our points have over each other one, by divergence from float32, and how well they were predicted."""
     points = {n: p for n, p in row["points"].items() if "latency" in p}
     ours = {n: p for n, p in points.items() if n.startswith("ours")}
     if not ours:
         return {}
-    found: dict[str, Any] = {"against": {n: against([*ours.values()], p) for n, p in points.items() if n not in ours}}
+    others = {n: p for n, p in points.items() if n not in ours}
+    found: dict[str, Any] = {
+        name: {n: against([*ours.values()], p, loss) for n, p in others.items()}
+        for name, loss in (("against", "divergence"), ("against_by_loss", "loss"))
+    }
     predicted = row.get("search", {}).get("predicted", {})
     known = [n for n in ours if n in predicted]
-    for measure in ("latency", "loss"):
-        pairs = [(predicted[n][measure], ours[n][measure]) for n in known if ours[n][measure]]
+    for measure, real in (("latency", "latency"), ("loss", "divergence")):
+        pairs = [(predicted[n][measure], ours[n][real]) for n in known if ours[n][real]]
         if len(pairs) > 2:
             found[measure] = prediction_quality(*zip(*pairs, strict=True))
     return found
@@ -215,12 +221,12 @@ def prediction_quality(predicted: Sequence[float], measured: Sequence[float]) ->
     return {"mape": error, "spearman": float(spearmanr(predicted, measured).statistic), "points": len(pairs)}
 
 
-def frontier(points: Mapping[str, Point]) -> list[str]:
+def frontier(points: Mapping[str, Point], loss: str = "loss") -> list[str]:
     """Labels of the points that no other beats in both loss and latency, fastest first."""
-    ordered = sorted(points, key=lambda n: (points[n]["latency"], points[n]["loss"]))
+    ordered = sorted(points, key=lambda n: (points[n]["latency"], points[n][loss]))
     kept: list[str] = []
     for label in ordered:
-        if not kept or points[label]["loss"] < points[kept[-1]]["loss"]:
+        if not kept or points[label][loss] < points[kept[-1]][loss]:
             kept.append(label)
     return kept
 
@@ -230,7 +236,9 @@ def _build(name: str, row: dict[str, Any], options: argparse.Namespace, save: Ca
     for label, make in points_of(name, options.modelopt_python, row):
         if label not in known or (options.fresh and label not in row.setdefault("again", [])):
             known[label] = keep_point(name, label, make)
-            told = {k: v for k, v in known[label].items() if k in ("metric", "loss", "file_bytes", "failed")}
+            told = {
+                k: v for k, v in known[label].items() if k in ("metric", "loss", "divergence", "file_bytes", "failed")
+            }
             print(name, label, told, dict(Counter(known[label].get("layers", {}))), flush=True)
             save()
     row.pop("again", None)
@@ -245,7 +253,7 @@ def _time(name: str, row: dict[str, Any], options: argparse.Namespace) -> None:
     for label, relative in row["latency"]["relative"].items():
         row["points"][label]["latency"] = relative
     row["verdict"] = verdict(row)
-    row["frontier"] = frontier({n: p for n, p in row["points"].items() if "latency" in p})
+    row["frontier"] = frontier({n: p for n, p in row["points"].items() if "latency" in p}, "divergence")
     print(name, row["latency"]["noise"], row["frontier"], flush=True)
 
 
@@ -258,7 +266,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--time", action="store_true", help="time what is there only")
     parser.add_argument("--fresh", action="store_true", help="make again what is there")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--labels", type=json.loads, help=argparse.SUPPRESS)

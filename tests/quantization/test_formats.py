@@ -276,7 +276,7 @@ def test_modules_that_have_nothing_to_quantise():
     [
         ({"format": "int4"}, "a layer format such as Int8Static"),
         ({"layers": {"up": 8}}, "'up' is given 8"),
-        ({"group_clip": "best"}, '"minmax" or "mse" or "hqq" is needed'),
+        ({"group_clip": "best"}, '"auto" or "minmax" or "mse" or "hqq" is needed'),
     ],
 )
 def test_options_are_checked(options, message):

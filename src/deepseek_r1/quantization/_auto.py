@@ -33,7 +33,7 @@ from ._ptq import PTQConfig, check_inputs
 from ._scores import Findings, fingerprint
 from ._search import OBJECTIVES, Candidate, Goal, Search, cheapest, within
 from ._sensitivity import Pair, Sensitivity, calibrated, spread
-from ._task import Outputs, Task
+from ._task import KINDS, Outputs, Task
 from ._verify import Judge, Verdict
 from ._workshop import Workshop
 
@@ -47,6 +47,9 @@ class AutoConfig:
     Attributes:
         formats: that each layer may have beside float32, where it can.
         engine: that the model will run on, and on which latency is measured.
+        task: "classes" (the output holds scores of classes; their divergence and the accuracy count), "values" (the
+            squared error of all float outputs counts), or "auto": class indices as labels, or an output [rows, at least
+            2] without labels, are taken for classes.
         minimise: "latency", "size" or "loss"; "auto" takes what the budget does not limit: latency first, then size,
             and the loss where both are limited or accuracy is not asked for.
         layers: formats that are given, by name of a layer or of what it lies in.
@@ -67,6 +70,7 @@ class AutoConfig:
 
     formats: tuple[LayerFormat, ...] = (Int8Static(), Int8Dynamic(), Int8Weight(), Int4Weight(group_size=64))
     engine: str = "onnxruntime"
+    task: str = "auto"
     minimise: str = "auto"
     layers: Mapping[str, LayerFormat] = field(default_factory=dict)
     ptq: PTQConfig = field(default_factory=PTQConfig)
@@ -84,6 +88,8 @@ class AutoConfig:
             raise ConfigError(
                 f"AutoConfig(minimise={self.minimise!r}): one of auto, {', '.join(OBJECTIVES)} is needed."
             )
+        if self.task not in KINDS:
+            raise ConfigError(f"AutoConfig(task={self.task!r}): one of {', '.join(KINDS)} is needed.")
         for name in ("calibration_batches", "held_out_batches", "points"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"AutoConfig({name}={getattr(self, name)!r}): at least 1 is needed.")
@@ -262,7 +268,7 @@ class AutoQuantizer:
         if not table.layers:
             raise InputError(f"{config.engine} cannot run {self._program.name!r}: {table.refused}")
         floats = shop.trial.run({}, batches[0])
-        sensitivity = Sensitivity(shop.trial, batches, Task.of(floats, self._calibration[0][1]))
+        sensitivity = Sensitivity(shop.trial, batches, Task.of(floats, self._calibration[0][1], config.task))
         scores, fixed_loss = self._scores(shop, sensitivity, table, findings)
         search = Search(shop, scores, table, fixed, fixed_loss)
         uniform = search.uniform(config.formats)

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from ..core import INT8_WEIGHT, Int4Format, LayerFormat, Report
 from ..graph.editing import add_constant, argument, constant_of
 from ..ops import gather_int8, gather_uint4, pack_uint4
-from ._groups import quantize_groups
+from ._groups import method_for, quantize_groups
 from ._layers import Layer, check_finite, layer_name, undivided, unusable
 from ._observe import quantize_weight
 
@@ -130,7 +130,9 @@ def _store(
 ) -> tuple[object, tuple[Node, ...]]:
     first = next(n for n in module.graph.nodes if n.op == "call_function")
     if isinstance(fmt, Int4Format):
-        grouped = quantize_groups(weight, fmt.group_size, symmetric=fmt.symmetric, method=group_clip)
+        grouped = quantize_groups(
+            weight, fmt.group_size, symmetric=fmt.symmetric, method=method_for(group_clip, compensated=False)
+        )
         parts = {"packed": pack_uint4(grouped.values), "scale": grouped.scales, "zero": grouped.zeros}
     else:
         values, scales = quantize_weight(weight, INT8_WEIGHT, clip)

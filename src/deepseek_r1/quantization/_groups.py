@@ -50,6 +50,13 @@ class Grouped:
         return real.reshape(out, -1)
 
 
+def method_for(chosen: str, *, compensated: bool) -> str:
+    """The method that "auto" stands for: the full range where the rounding makes up for it, else "hqq"."""
+    if chosen != "auto":
+        return chosen
+    return "minmax" if compensated else "hqq"
+
+
 def quantize_groups(weight: torch.Tensor, group_size: int, *, symmetric: bool, method: str) -> Grouped:
     """The 4-bit form of a weight.
 

@@ -8,7 +8,7 @@ import torch
 
 from ..core import INT8_WEIGHT, InputError, Int4Format, LayerFormat, Report
 from ..nn import QuantizedLinear
-from ._groups import quantize_groups
+from ._groups import method_for, quantize_groups
 from ._layers import check_finite, undivided, unusable
 from ._observe import quantize_weight
 from ._ptq import PTQConfig
@@ -74,7 +74,12 @@ def _quantised(layer: torch.nn.Linear, fmt: LayerFormat, config: PTQConfig) -> Q
     made = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, format=fmt)
     made.to(layer.weight.device)
     if isinstance(fmt, Int4Format):
-        grouped = quantize_groups(layer.weight, fmt.group_size, symmetric=fmt.symmetric, method=config.group_clip)
+        grouped = quantize_groups(
+            layer.weight,
+            fmt.group_size,
+            symmetric=fmt.symmetric,
+            method=method_for(config.group_clip, compensated=False),
+        )
         made.store_(grouped.values, grouped.scales, grouped.zeros)
     else:
         made.store_(*quantize_weight(layer.weight, INT8_WEIGHT, config.weight_clip))

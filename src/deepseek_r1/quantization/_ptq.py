@@ -56,7 +56,8 @@ class PTQConfig:
         layers: formats by name of a layer, or by the start of names up to a dot ("encoder.layer.0").
         activation_clip: "minmax" or "mse" (the clipping limit with the smallest squared error).
         weight_clip: the same for each output channel of 8-bit weights.
-        group_clip: "minmax", "mse" or "hqq" for each group of 4-bit weights.
+        group_clip: "minmax", "mse" or "hqq" for each group of 4-bit weights; "auto" takes "minmax" where the rounding
+            is compensated, which leaves the same error sooner, and "hqq" elsewhere.
         rounding: "nearest"; "compensated" (GPTQ and bias correction, see `_rounding`); or "reconstructed" (that, and
             then improved weight by weight, see `_reconstruct`). The last two need data.
         equalisation: "off"; "weights" or "activations", for convolutions in a row (see `_equalise`); or "auto", which
@@ -77,7 +78,7 @@ class PTQConfig:
     layers: Mapping[str, LayerFormat] = field(default_factory=dict)
     activation_clip: str = "mse"
     weight_clip: str = "mse"
-    group_clip: str = "hqq"
+    group_clip: str = "auto"
     rounding: str = "compensated"
     equalisation: str = "off"
     scaling: str = "off"
@@ -88,7 +89,7 @@ class PTQConfig:
 
     def __post_init__(self) -> None:
         allowed = {
-            "activation_clip": ("minmax", "mse"), "weight_clip": ("minmax", "mse"), "group_clip": METHODS,
+            "activation_clip": ("minmax", "mse"), "weight_clip": ("minmax", "mse"), "group_clip": ("auto", *METHODS),
             "rounding": ("nearest", "compensated", "reconstructed"), **OPTIONS,
         }  # fmt: skip
         for name, values in allowed.items():

@@ -12,6 +12,8 @@ from ..core import InputError
 from ..data import class_dim, class_hits
 
 Outputs = list[torch.Tensor]
+#: What may be said about a task; "auto" looks at outputs and labels.
+KINDS = ("auto", "classes", "values")
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,23 @@ class Task:
     labels: bool = False
 
     @classmethod
-    def of(cls, outputs: Outputs, labels: Any) -> Task:
+    def of(cls, outputs: Outputs, labels: Any, kind: str = "auto") -> Task:
         """The task that outputs and labels of a batch look like.
 
         Class indices as labels make it a classifier. So does, without labels, an output [rows, at least 2]: the same
         rule by which `optimize` judges.
+
+        Args:
+            kind: "classes" or "values" says which of the two it is; the scores of classes are then in the last
+                dimension, unless the labels tell another.
         """
-        dim = class_dim(outputs[0], labels)
+        dim = None if kind == "values" else class_dim(outputs[0], labels)
         if dim is not None:
             return cls(dim, labels=True)
-        return cls(1 if labels is None and outputs[0].ndim == 2 and outputs[0].shape[1] > 1 else None)
+        if kind == "classes":
+            return cls(outputs[0].ndim - 1)
+        fits = labels is None and outputs[0].ndim == 2 and outputs[0].shape[1] > 1
+        return cls(1 if fits and kind == "auto" else None)
 
     @property
     def loss_name(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core import INT8_WEIGHT, Int4Format, LayerFormat
-from ._groups import Grouped, quantize_groups
+from ._groups import Grouped, method_for, quantize_groups
 from ._observe import quantize_weight
 from ._rounding import Moments, round_groups, round_weight
 
@@ -55,7 +55,12 @@ def stored_weight(
         return StoredWeight(fmt, weight.detach().to(torch.bfloat16))
     missing = None
     if isinstance(fmt, Int4Format):
-        grouped = quantize_groups(weight, fmt.group_size, symmetric=fmt.symmetric, method=group_clip)
+        grouped = quantize_groups(
+            weight,
+            fmt.group_size,
+            symmetric=fmt.symmetric,
+            method=method_for(group_clip, compensated=moments is not None),
+        )
         if moments is not None:
             grouped, missing = round_groups(weight, grouped, moments)
         return StoredWeight(fmt, grouped.values, grouped.scales, grouped.zeros, missing)
