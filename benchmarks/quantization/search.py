@@ -55,9 +55,9 @@ FORMATS: tuple[LayerFormat, ...] = (
     Int4Dynamic(group_size=32), BFloat16(),
 )  # fmt: skip
 #: Targets of effective bits, of 16; those that cannot be met are left out.
-BITS = (4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 14.0)
+BITS = (4.5, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0)
 #: Points of our curve that are built.
-OURS = 8
+OURS = 6
 #: Points whose latency differs by less are equally fast.
 EQUAL = 0.01
 

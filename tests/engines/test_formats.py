@@ -149,3 +149,16 @@ def test_rows_are_rounded_as_torch_does():
     # A number that lies between two steps may fall to either.
     assert ((found - expected).abs() < 0.01 * scale).float().mean() > 0.999
     assert ((found - expected).abs() < 1.01 * scale).all()
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["free batch", "fixed sizes"])
+def test_every_static_layer_is_an_integer_kernel_in_onnxruntime(fixed, tmp_path):
+    """With fixed sizes ONNX Runtime joins product and bias, and then wants the bias to be an integer as well."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, 128)
+    program = capture(Block(3).eval(), (x,), dynamic_shapes={} if fixed else None)
+    engine, quantised = ENGINES.get("onnxruntime")(), quantize(program, dataset=[x])
+    engine.build(quantised, tmp_path, quantised.precision)
+    assert engine.integer_kernels(tmp_path) == 3
+    found = engine.open(tmp_path, lambda: quantised)([x])[0]
+    assert decibels(quantised(x), found) > CLOSE["onnxruntime"]

@@ -12,7 +12,7 @@ from torch import nn
 
 import deepseek
 import deepseek_r1 as dr1
-from deepseek_r1.core import ArtifactError, ConfigError, InputError, Int4Weight, Int8Dynamic
+from deepseek_r1.core import ArtifactError, ConfigError, InputError, Int4Dynamic, Int4Weight, Int8Dynamic
 from deepseek_r1.data import digits
 from deepseek_r1.deploy import export
 from deepseek_r1.graph import Program, capture
@@ -228,8 +228,10 @@ def test_grids_freeze_in_their_order(tokens, data):
 def test_without_labels_the_float_model_teaches(tokens, data):
     x, _ = data.tensors("train")
     batches = [(x[i : i + 64], None) for i in range(0, 640, 64)]
-    quantizer = R1Quantizer(tokens, config=QATConfig(weight_bits=4, group_size=32))
-    found = quantizer.fit(batches, epochs=2, lr=1e-5, training=QUICK)
+    rough = PTQConfig(format=Int4Dynamic(group_size=32), rounding="nearest", group_clip="minmax", scaling="off")
+    start = quantize(tokens, dataset=batches, config=rough)
+    quantizer = R1Quantizer(start, config=QATConfig(weight_bits=4, group_size=32))
+    found = quantizer.fit(batches, epochs=2, lr=1e-4, training=QUICK)
     row = found.report["loss, against post-training"]
     assert row.after < row.before
     assert "loss: 1 of distillation from the float model; of the task: none: the batches have no labels" in (

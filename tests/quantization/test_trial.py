@@ -50,7 +50,7 @@ class Images(nn.Module):
 
 
 def workshop(net: nn.Module, x: torch.Tensor) -> Workshop:
-    return Workshop(capture(net.eval(), x[:8]), [(x[:16],), (x[16:32],)], PTQConfig())
+    return Workshop(capture(net.eval(), x[:8]), [(x[:16],), (x[16:32],)], PTQConfig(scaling="off"))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -144,21 +146,49 @@ def retarget(model: onnx.ModelProto) -> int:
     return count
 
 
+#: Where a node stands that adds a bias, which of its inputs that is, and the pairs before the product's operands.
+_Biased = tuple[int, int, onnx.NodeProto, onnx.NodeProto]
+
+
+def _biased_products(model: onnx.ModelProto, constants: Mapping[str, Any]) -> Iterator[_Biased]:
+    """Products of integers with a stored bias.
+
+    A matrix product and the addition behind it count where all sizes are fixed: there ONNX Runtime makes one operator
+    of both, for which it has an integer kernel only if the bias is an integer too.
+    """
+    makers = {output: node for node in model.graph.node for output in node.output}
+    fixed = all(d.HasField("dim_value") for i in model.graph.input for d in i.type.tensor_type.shape.dim)
+    for number, node in enumerate(model.graph.node):
+        product, place = node, 2
+        if node.op_type == "Add" and fixed:
+            place = int(node.input[0] not in constants)
+            product = makers.get(node.input[1 - place], node)
+            place = place if product.op_type == "MatMul" else len(node.input)
+        elif node.op_type not in ("Conv", "Gemm"):
+            continue
+        if place >= len(node.input) or node.input[place] not in constants:
+            continue
+        x, weight = (makers.get(name) for name in product.input[:2])
+        if weight is not None and weight.op_type == "Transpose":
+            weight = makers.get(weight.input[0])
+        if x is None or weight is None or {x.op_type, weight.op_type} != {"DequantizeLinear"}:
+            continue
+        if x.input[1] in constants and weight.input[1] in constants:
+            yield number, place, x, weight
+
+
 def _integer_biases(model: onnx.ModelProto) -> None:
     constants = {i.name: i for i in model.graph.initializer}
-    makers = {output: node for node in model.graph.node for output in node.output}
     added: list[tuple[onnx.NodeProto, onnx.NodeProto]] = []
-    for number, node in enumerate(model.graph.node):
-        if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3 or node.input[2] not in constants:
-            continue
-        pairs = [makers.get(name) for name in node.input[:2]]
-        if any(p is None or p.op_type != "DequantizeLinear" or p.input[1] not in constants for p in pairs):
-            continue
-        bias = numpy_helper.to_array(constants[node.input[2]])
-        x_scale, w_scale = (numpy_helper.to_array(constants[p.input[1]]).astype(np.float64) for p in pairs if p)
+    for number, place, x, weight in list(_biased_products(model, constants)):
+        node = model.graph.node[number]
+        bias = numpy_helper.to_array(constants[node.input[place]])
+        x_scale, w_scale = (numpy_helper.to_array(constants[p.input[1]]).astype(np.float64) for p in (x, weight))
         scale = (x_scale * w_scale).astype(np.float32)
+        if bias.dtype != np.float32 or bias.ndim != 1 or scale.size not in (1, bias.size):
+            continue
         stored = np.round(bias / scale.astype(np.float64))
-        if bias.dtype != np.float32 or np.abs(stored).max(initial=0) > 2**31 - 1:
+        if np.abs(stored).max(initial=0) > 2**31 - 1:
             continue
         stem = f"bias_{number}"
         model.graph.initializer.append(numpy_helper.from_array(stored.astype(np.int32), f"{stem}_int32"))
@@ -170,7 +200,7 @@ def _integer_biases(model: onnx.ModelProto) -> None:
         back = onnx.helper.make_node(
             "DequantizeLinear", [f"{stem}_int32", f"{stem}_scale", f"{stem}_zero"], [f"{stem}_float"], axis=0
         )
-        node.input[2] = f"{stem}_float"
+        node.input[place] = f"{stem}_float"
         added.append((node, back))
     nodes = list(model.graph.node)
     for node, back in added:

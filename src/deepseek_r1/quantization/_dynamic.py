@@ -129,7 +129,9 @@ class DSQuantizer:
         return result
 
     def _config(self, formats: dict[str, LayerFormat]) -> PTQConfig:
-        return PTQConfig(format=self._format(self.group_size, dynamic=True), layers=formats, skip=self.skip)
+        # Where scales were moved, other activations would have to stay float than those that were looked at.
+        fmt = self._format(self.group_size, dynamic=True)
+        return PTQConfig(format=fmt, layers=formats, scaling="off", skip=self.skip)
 
     def _format(self, inputs: int, *, dynamic: bool) -> LayerFormat:
         if self.bit_width == 4 and inputs % self.group_size == 0:

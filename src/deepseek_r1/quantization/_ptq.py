@@ -11,6 +11,7 @@ Sources: Jacob et al., Quantization and Training of Neural Networks for Efficien
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,10 +42,13 @@ from ._groups import METHODS
 from ._insert import apply_formats
 from ._layers import Layer, find_layers
 from ._observe import Ranges
-from ._rewrites import OPTIONS, rewritten
+from ._rewrites import BETTER, OPTIONS, rewritten
 from ._rounding import Moments, observe_moments
 from ._static import range_of, static_plan
 from ._weights import stored_weight
+
+#: Batches on which ways to quantise are compared.
+_COMPARED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +58,18 @@ class PTQConfig:
     Attributes:
         format: of every layer that `layers` does not name.
         layers: formats by name of a layer, or by the start of names up to a dot ("encoder.layer.0").
-        activation_clip: "minmax" or "mse" (the clipping limit with the smallest squared error).
-        weight_clip: the same for each output channel of 8-bit weights.
+        activation_clip: "minmax"; "mse" (the clipping limit with the smallest squared error); or "auto": "mse", but
+            where most layers are linear whichever makes the quantised answers better on calibration data, as the few
+            large channels of a transformer may matter more than their share of the squared error.
+        weight_clip: "minmax" or "mse" for each output channel of 8-bit weights.
         group_clip: "minmax", "mse" or "hqq" for each group of 4-bit weights; "auto" takes "minmax" where the rounding
             is compensated, which leaves the same error sooner, and "hqq" elsewhere.
         rounding: "nearest"; "compensated" (GPTQ and bias correction, see `_rounding`); or "reconstructed" (that, and
             then improved weight by weight, see `_reconstruct`). The last two need data.
         equalisation: "off"; "weights" or "activations", for convolutions in a row (see `_equalise`); or "auto", which
             tries both and keeps one only if the quantised answers are better on calibration data. Needs data.
-        scaling: "off"; "smoothquant" or "awq", for linear layers (see `_scaling`); or "auto". Needs data.
+        scaling: "off"; "smoothquant" or "awq", for linear layers (see `_scaling`); or "auto", which tries both where
+            most layers are linear and activations have 8 bits. Needs data.
         embedding: format of embedding tables, `Int8Weight()` or `Int4Weight()`; None leaves them float. A table that is
             the weight of a quantised layer too is stored once, in that layer's format.
         calibration_batches: at most this many batches of the dataset are used.
@@ -76,12 +83,12 @@ class PTQConfig:
 
     format: LayerFormat = field(default_factory=Int8Static)
     layers: Mapping[str, LayerFormat] = field(default_factory=dict)
-    activation_clip: str = "mse"
+    activation_clip: str = "auto"
     weight_clip: str = "mse"
     group_clip: str = "auto"
     rounding: str = "compensated"
     equalisation: str = "off"
-    scaling: str = "off"
+    scaling: str = "auto"
     embedding: LayerFormat | None = None
     calibration_batches: int = 32
     skip: tuple[str, ...] = ()
@@ -89,8 +96,8 @@ class PTQConfig:
 
     def __post_init__(self) -> None:
         allowed = {
-            "activation_clip": ("minmax", "mse"), "weight_clip": ("minmax", "mse"), "group_clip": ("auto", *METHODS),
-            "rounding": ("nearest", "compensated", "reconstructed"), **OPTIONS,
+            "activation_clip": ("auto", "minmax", "mse"), "weight_clip": ("minmax", "mse"),
+            "group_clip": ("auto", *METHODS), "rounding": ("nearest", "compensated", "reconstructed"), **OPTIONS,
         }  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -135,12 +142,8 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
     batches = [] if dataset is None else calibration_inputs(program, dataset, config.calibration_batches)
     parent = simplified(program)
     told = Report("rewrites")
-    options = {name: getattr(config, name) if batches else "off" for name in OPTIONS}
-    result = rewritten(
-        parent, batches, options, lambda m: _formats(m, config, Report(""), program.name),
-        lambda base: _quantised(base, batches, config), _sqnr, told,
-    )  # fmt: skip
-    result = replace(result, parent=parent)
+    base, config = improved(parent, batches, config, told)
+    result = replace(_quantised(base, batches, config), parent=parent)
     report = result.report
     if told.rows or told.skipped:
         report.sections.append(told)
@@ -154,6 +157,43 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
     if config.rounding != "nearest" and not batches:
         report.note("no data were given: weights were rounded to the nearest instead of in the way that suits the data")
     return result
+
+
+def improved(
+    parent: Program, batches: list[tuple[Any, ...]], config: PTQConfig, told: Report
+) -> tuple[Program, PTQConfig]:
+    """The float program with the rewrites that suit its quantisation, and the options with nothing left to "auto".
+
+    Args:
+        batches: flat inputs; without any nothing is rewritten.
+        told: takes what was done, and what was tried.
+    """
+    quick = replace(config, rounding="nearest", group_clip="minmax", embedding=None)
+    if config.activation_clip == "auto":
+        quick = replace(quick, activation_clip="mse")
+    formats = _formats(parent.exported.module(check_guards=False), config, Report(""), parent.name)  # type: ignore[arg-type]
+    linear = sum(layer.is_linear for layer in formats) > len(formats) / 2 and len(formats) > 1
+    tried = linear and any(fmt.activation != "float" for fmt in formats.values())
+    options = {name: getattr(config, name) if batches else "off" for name in OPTIONS}
+    if not tried and options["scaling"] == "auto":
+        options["scaling"] = "off"
+
+    few = batches[:_COMPARED]
+
+    def quality(base: Program, config: PTQConfig) -> float:
+        return _sqnr(parent, _quantised(base, few, config), few)
+
+    base = rewritten(
+        parent, few, options, lambda m: _formats(m, config, Report(""), parent.name),
+        lambda base: _quantised(base, few, quick), _sqnr, told,
+    )  # fmt: skip
+    clip = quick.activation_clip
+    static = any(fmt.activation == "static" for fmt in formats.values())
+    if config.activation_clip == "auto" and batches and linear and static:
+        found = {name: quality(base, replace(quick, activation_clip=name)) for name in ("mse", "minmax")}
+        clip = "minmax" if found["minmax"] > found["mse"] - 10 * math.log10(BETTER) else "mse"
+        told.note(f"ranges of activations by {clip}: " + ", ".join(f"{n} {db:.1f} dB" for n, db in found.items()))
+    return base, replace(config, activation_clip=clip)
 
 
 def _quantised(base: Program, batches: list[tuple[Any, ...]], config: PTQConfig) -> Program:

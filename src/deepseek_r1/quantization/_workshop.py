@@ -15,7 +15,7 @@ from ..graph import Program, rewrite
 from ._insert import apply_formats
 from ._layers import Layer, find_layers
 from ._observe import Ranges, affine
-from ._ptq import PTQConfig, moments_of, precision_of_layers, simplified
+from ._ptq import PTQConfig, improved, moments_of, precision_of_layers, simplified
 from ._static import range_of, static_plan
 from ._trial import Trial
 from ._weights import StoredWeight, stored_weight
@@ -37,13 +37,15 @@ class Workshop:
         module: its graph, which trials run.
         layers: those that a format can be chosen for.
         skipped: what stays float whatever is chosen, and why.
+        rewrites: report of what was done to the float program first, and of what was tried.
     """
 
     def __init__(self, program: Program, batches: Sequence[tuple[Any, ...]], config: PTQConfig) -> None:
-        self._config = config
-        self.parent = simplified(program)
+        told = Report("rewrites")
+        self.parent, self._config = improved(simplified(program), list(batches), config, told)
+        self.rewrites = told
         self.module: GraphModule = self.parent.exported.module(check_guards=False)  # type: ignore[assignment]
-        report = Report("layers")
+        report, config = Report("layers"), self._config
         self.layers = find_layers(self.module, config.skip, report)
         self.skipped = report.skipped
         self._by_name = {layer.name: layer for layer in self.layers}
