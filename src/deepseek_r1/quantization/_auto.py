@@ -31,7 +31,7 @@ from ._auto_report import describe, describe_failure
 from ._latency import LatencyTable, measure_table
 from ._ptq import PTQConfig, check_inputs
 from ._scores import Findings, fingerprint
-from ._search import OBJECTIVES, Candidate, Goal, Search, cheapest, within
+from ._search import OBJECTIVES, Candidate, Goal, Search, cheapest, undominated, within
 from ._sensitivity import Pair, Sensitivity, calibrated, spread
 from ._task import KINDS, Outputs, Task
 from ._verify import Judge, Verdict
@@ -211,7 +211,7 @@ class AutoQuantizer:
         return replace(verdict.program, report=report)
 
     def pareto(self, budget: Budget | None = None, *, along: str = "latency") -> list[Candidate]:
-        """The choices with the smallest predicted loss for each latency or size, nothing built.
+        """The choices with the smallest predicted loss for each latency or size, uniform ones too; nothing built.
 
         Args:
             budget: limits that all of them keep.
@@ -219,7 +219,8 @@ class AutoQuantizer:
         """
         found = self._prepare()
         goal = Goal.of(budget, "loss", found.task.quality_name)
-        return found.search.front(goal, OBJECTIVES[along], self.config.points)
+        mixed = found.search.front(goal, OBJECTIVES[along], self.config.points)
+        return undominated([*mixed, *(c for c in found.uniform if within(c, goal))], OBJECTIVES[along])
 
     def uniform(self) -> list[Candidate]:
         """Each format for all layers that can have it, float32 first; their latency is measured, not predicted."""

@@ -242,7 +242,11 @@ class _Shares:
     ) -> tuple[float, dict[str, dict[str, float]]]:
         """What is no free layer's in the float model, and by layer and format what the layer's operators take."""
         found = {name: self._profiled(profiles[name]) for name in totals if name in profiles}
-        parts = {name: part for name, part in found.items() if part is not None}
+        # What watching costs is taken to fall on all operators alike.
+        pace = {name: totals[name] / _sum(profiles[name]) for name in found}
+        parts = {
+            name: {n: ms * pace[name] for n, ms in part.items()} for name, part in found.items() if part is not None
+        }
         if len(parts) < len(totals):
             self.how = "the model timed in each format, shared out as PyTorch's operators take their time"
             share, parts = self._by_eager(), {}
@@ -250,8 +254,7 @@ class _Shares:
         else:
             self.how = "the model timed in each format, shared out by the engine's profile"
             share = {}
-            whole = _sum(profiles[FLOAT])
-            base = max(whole - sum(parts[FLOAT][n] for n in self._free), 0.0) * totals[FLOAT] / whole
+            base = max(totals[FLOAT] - sum(parts[FLOAT][n] for n in self._free), 0.0)
         layers: dict[str, dict[str, float]] = {name: {} for name in self._free}
         for name in totals:
             for n in self._free:

@@ -47,8 +47,8 @@ from ._rounding import Moments, observe_moments
 from ._static import range_of, static_plan
 from ._weights import stored_weight
 
-#: Batches on which ways to quantise are compared.
-_COMPARED = 4
+#: Samples on which ways to quantise are compared, or a batch more.
+_COMPARED = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,10 @@ def improved(
     if not tried and options["scaling"] == "auto":
         options["scaling"] = "off"
 
-    few = batches[:_COMPARED]
+    few: list[tuple[Any, ...]] = []
+    for batch in batches:
+        if sum(_rows(b) for b in few) < _COMPARED:
+            few.append(batch)
 
     def quality(base: Program, config: PTQConfig) -> float:
         return _sqnr(parent, _quantised(base, few, config), few)
