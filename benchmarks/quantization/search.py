@@ -129,8 +129,8 @@ def points_of(name: str, python: str | None, row: dict[str, Any]) -> Iterable[tu
         return
     row["effective_bits"] = found = effective_bits(name, python)
     seen: list[Any] = []
-    # ModelOpt assigns formats to layers that are never called, too.
-    graph = captured(net).exported
+    # ModelOpt assigns formats to layers whose answers nobody reads, too.
+    graph = simplify(captured(net)).exported
     read = {n.name for n in graph.graph.nodes if n.op == "placeholder" and n.users}
     called = {name for n, name in graph.graph_signature.inputs_to_parameters.items() if n in read}
     for bits, assignment in found.get("assignments", {}).items():
