@@ -51,6 +51,8 @@ def rewritten(
         if wanted == "auto" and best == -math.inf:
             best = sqnr(parent, quantise(base), batches)
         start, kept = base, None
+        # Methods of one option are rivals: each has to be worth it beside none, and the best of them is taken.
+        without = best
         for method in methods[1:-1] if wanted == "auto" else (wanted,):
             tried, done = _tried(start, batches, name, method, formats)
             if not done:
@@ -59,8 +61,8 @@ def rewritten(
             if wanted == "auto":
                 same = sqnr(parent, tried, batches)
                 found = sqnr(parent, quantise(tried), batches)
-                what = f"{found:.1f} dB on calibration data, {best:.1f} without"
-                if same < _SAME_DB or found <= best - 10 * math.log10(BETTER):
+                what = f"{found:.1f} dB on calibration data, {without:.1f} without"
+                if same < _SAME_DB or found <= max(best, without - 10 * math.log10(BETTER)):
                     report.skip(f"{name}, {method}", f"{what}; float answers are the same to {same:.0f} dB")
                     continue
                 report.note(f"{name} by {method}: {what}")
