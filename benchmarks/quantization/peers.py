@@ -71,9 +71,7 @@ def ours(net: Net, folder: Path, engines: list[str] | None = None) -> str:
         budget = Budget(accuracy_drop=VALUES_DROP)
     program = capture(net.build(), one if isinstance(one, dict) else (one,), dynamic_shapes={})
     program = quantize(program, dataset=data, config=PTQConfig(calibration_batches=len(data)))
-    fast = optimize(
-        program, dataset=data, engines=engines, budget=budget, race=RaceConfig(cache=False, timeout_s=600)
-    )
+    fast = optimize(program, dataset=data, engines=engines, budget=budget, race=RaceConfig(cache=False, timeout_s=600))
     fast.save(folder / "executable")
     fast.report.save(folder / "report.json")
     # What ships, whichever engine won here.
