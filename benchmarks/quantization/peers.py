@@ -25,7 +25,7 @@ from deepseek_r1.graph import capture
 from deepseek_r1.quantization import PTQConfig, quantize
 from deepseek_r1.runtime._openvino import load_openvino
 
-from .nets import Answer, Net, leaves, samples
+from .nets import Answer, Net, labels_of, leaves, samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def flat(net: Net) -> int8_peers.Flat:
 def ours(net: Net, folder: Path, engines: list[str] | None = None) -> str:
     """`quantize`, then `optimize` among these engines, by default all; which one won, and among whom."""
     one, parts = net.one, samples(net.calibration)
-    labels = torch.cat([y for _, y in net.calibration])
+    labels = labels_of(net.calibration)
     named = [dict(zip(one, p, strict=True)) if isinstance(one, dict) else p[0] for p in parts]
     data = [(inputs, labels[i : i + 1]) for i, inputs in enumerate(named)]
     budget = None

@@ -31,8 +31,9 @@ from ._auto_report import describe, describe_failure
 from ._latency import LatencyTable, measure_table
 from ._ptq import PTQConfig, check_inputs
 from ._scores import Findings, fingerprint
-from ._search import OBJECTIVES, Candidate, Goal, Search, cheapest, undominated, within
+from ._search import OBJECTIVES, Candidate, Goal, Search, cheapest, within
 from ._sensitivity import Pair, Sensitivity, calibrated, spread
+from ._solver import envelope
 from ._task import KINDS, Outputs, Task
 from ._verify import Judge, Verdict
 from ._workshop import Workshop
@@ -220,7 +221,8 @@ class AutoQuantizer:
         found = self._prepare()
         goal = Goal.of(budget, "loss", found.task.quality_name)
         mixed = found.search.front(goal, OBJECTIVES[along], self.config.points)
-        return undominated([*mixed, *(c for c in found.uniform if within(c, goal))], OBJECTIVES[along])
+        uniform = [c for c in found.uniform if within(c, goal)]
+        return envelope([*mixed, *uniform], "loss", OBJECTIVES[along])
 
     def uniform(self) -> list[Candidate]:
         """Each format for all layers that can have it, float32 first; their latency is measured, not predicted."""

@@ -171,7 +171,7 @@ def improved(
     quick = replace(config, rounding="nearest", group_clip="minmax", embedding=None)
     if config.activation_clip == "auto":
         quick = replace(quick, activation_clip="mse")
-    formats = _formats(parent.exported.module(check_guards=False), config, Report(""), parent.name)  # type: ignore[arg-type]
+    formats = _formats(parent.module(), config, Report(""), parent.name)
     linear = sum(layer.is_linear for layer in formats) > len(formats) / 2 and len(formats) > 1
     tried = linear and any(fmt.activation != "float" for fmt in formats.values())
     options = {name: getattr(config, name) if batches else "off" for name in OPTIONS}

@@ -155,15 +155,6 @@ class Search:
         return replace(goal, limits={**goal.limits, measure: goal.limits[measure] / factor})
 
 
-def undominated(candidates: Sequence[Candidate], along: str) -> list[Candidate]:
-    """Those than which no other has both a smaller loss and a smaller `along`, the smallest `along` first."""
-    kept: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.costs[along], c.costs["loss"])):
-        if not kept or candidate.costs["loss"] < kept[-1].costs["loss"]:
-            kept.append(candidate)
-    return kept
-
-
 def within(candidate: Candidate, goal: Goal) -> bool:
     """Whether a candidate is predicted to keep the limits."""
     return all(candidate.costs[m] <= limit * (1 + 1e-6) for m, limit in goal.limits.items())

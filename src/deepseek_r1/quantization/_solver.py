@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -131,9 +132,19 @@ def curve(
     return envelope(found, minimise, along)
 
 
-def envelope(found: Sequence[Solution], minimise: str, along: str) -> list[Solution]:
+class _Costed(Protocol):
+    """What costs something, by measure."""
+
+    @property
+    def costs(self) -> dict[str, float]: ...
+
+
+_C = TypeVar("_C", bound=_Costed)
+
+
+def envelope(found: Sequence[_C], minimise: str, along: str) -> list[_C]:
     """Those that no other beats in both measures, the smallest `along` first."""
-    kept: list[Solution] = []
+    kept: list[_C] = []
     for solution in sorted(found, key=lambda s: (s.costs[along], s.costs[minimise])):
         if not kept or solution.costs[minimise] < kept[-1].costs[minimise] - 1e-12:
             kept.append(solution)

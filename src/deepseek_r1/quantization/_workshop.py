@@ -37,13 +37,10 @@ class Workshop:
         module: its graph, which trials run.
         layers: those that a format can be chosen for.
         skipped: what stays float whatever is chosen, and why.
-        rewrites: report of what was done to the float program first, and of what was tried.
     """
 
     def __init__(self, program: Program, batches: Sequence[tuple[Any, ...]], config: PTQConfig) -> None:
-        told = Report("rewrites")
-        self.parent, self._config = improved(simplified(program), list(batches), config, told)
-        self.rewrites = told
+        self.parent, self._config = improved(simplified(program), list(batches), config, Report("rewrites"))
         self.module: GraphModule = self.parent.exported.module(check_guards=False)  # type: ignore[assignment]
         report, config = Report("layers"), self._config
         self.layers = find_layers(self.module, config.skip, report)
