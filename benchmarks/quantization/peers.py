@@ -64,14 +64,11 @@ def ours(net: Net, folder: Path, engines: list[str] | None = None) -> str:
     labels = labels_of(net.calibration)
     named = [dict(zip(one, p, strict=True)) if isinstance(one, dict) else p[0] for p in parts]
     data = [(inputs, labels[i : i + 1]) for i, inputs in enumerate(named)]
-    budget = None
-    if net.task == "values":
-        # Labels that are no classes: embeddings and chances are judged as values, by the worst column's variance.
-        data = [(inputs, torch.zeros(1, 1)) for inputs in named]
-        budget = Budget(accuracy_drop=VALUES_DROP)
+    budget = Budget(accuracy_drop=VALUES_DROP) if net.task == "values" else None
     program = capture(net.build(), one if isinstance(one, dict) else (one,), dynamic_shapes={})
     program = quantize(program, dataset=data, config=PTQConfig(calibration_batches=len(data)))
-    fast = optimize(program, dataset=data, engines=engines, budget=budget, race=RaceConfig(cache=False, timeout_s=600))
+    race = RaceConfig(task=net.task, cache=False, timeout_s=600)
+    fast = optimize(program, dataset=data, engines=engines, budget=budget, race=race)
     fast.save(folder / "executable")
     fast.report.save(folder / "report.json")
     # What ships, whichever engine won here.

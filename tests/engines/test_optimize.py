@@ -389,6 +389,29 @@ def test_the_first_output_is_judged_by_the_kind_of_labels():
     assert "explained variance" in judge([[maps]], [[maps]], [None])[0].how
 
 
+def test_the_kind_of_task_can_be_told():
+    """Embeddings look like scores of classes, and scores along the last dimension like values."""
+    values = torch.randn(50, 3)
+    scaled = values * torch.tensor([1.0, 1.0, 1.5])
+    assert "agreement" in judge([[scaled]], [[values]], [None])[0].how
+    (score,) = judge([[scaled]], [[values]], [torch.zeros(50, dtype=torch.long)], "values")
+    assert score.value == pytest.approx(0.75, abs=0.05)
+    tokens = torch.randn(2, 5, 7)
+    (score,) = judge([[tokens.flip(-1).flip(-1)]], [[tokens]], [None], "classes")
+    assert (score.value, score.how) == (1.0, "agreement with the float model on 10 rows")
+
+
+@pytest.mark.parametrize(
+    ("samples", "drop", "allowed"), [(128, 0.005, 1 / 128), (64, 0.005, 0.005), (1000, 0.005, 0.005), (128, 0.0, 0)]
+)
+def test_what_is_counted_may_lose_one_sample(samples, drop, allowed):
+    logits = torch.eye(2)[torch.randint(0, 2, (samples,))]
+    (score,) = judge([[logits]], [[logits]], [None])
+    assert score.allowed(drop) == pytest.approx(allowed)
+    (values,) = judge([[logits]], [[logits]], [None], "values")
+    assert values.allowed(drop) == drop
+
+
 def test_every_output_is_judged():
     logits, value = torch.randn(40, 5), torch.randn(40, 1)
     labels = logits.argmax(1)

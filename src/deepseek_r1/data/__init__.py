@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from ._batch import batch_size, slice_batch, unpack_batch
 from ._digits import digits
-from ._labels import class_dim, class_hits
+from ._labels import TASKS, class_dim, class_hits
 from ._load import load_data
 from ._loader import DSDataLoader
 from ._splits import DataSplits, split
 
 __all__ = [
+    "TASKS",
     "DSDataLoader",
     "DataSplits",
     "batch_size",

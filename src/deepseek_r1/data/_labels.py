@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+#: What a first output may be said to hold: "auto" looks at outputs and labels.
+TASKS = ("auto", "classes", "values")
+
 
 def class_dim(output: Any, labels: Any) -> int | None:
     """The dimension of `output` that holds the classes, or None if `labels` are no class indices for it.

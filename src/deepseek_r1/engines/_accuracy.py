@@ -15,14 +15,24 @@ Outputs = list[torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One judgement, at most 1; `how` says of what, on how many `samples`."""
+    """One judgement, at most 1; `how` says of what, on how many `samples`, `counted` whether those are right or wrong."""
 
     value: float
     how: str
     samples: int
+    counted: bool = False
+
+    def allowed(self, drop: float) -> float:
+        """What may be lost where `drop` was asked for: of what is counted one sample, if `drop` is half of it or more.
+
+        Example:
+            >>> Score(value=0.5, how="accuracy on 128 labels", samples=128, counted=True).allowed(0.005) == 1 / 128
+            True
+        """
+        return max(drop, 1 / self.samples) if self.counted and drop * self.samples >= 0.5 else drop
 
 
-def judge(answers: list[Outputs], floats: list[Outputs], labels: list[Any]) -> list[Score]:
+def judge(answers: list[Outputs], floats: list[Outputs], labels: list[Any], task: str = "auto") -> list[Score]:
     """Scores of a model's answers, one for each output, the float model's answers being the reference.
 
     The first output: accuracy where there are class labels; where there are no labels and the output is
@@ -34,25 +44,31 @@ def judge(answers: list[Outputs], floats: list[Outputs], labels: list[Any]) -> l
         answers: for each batch its outputs.
         floats: the same of the float model.
         labels: for each batch class indices, other labels, or None.
+        task: one of `data.TASKS`; "auto" does as said, "classes" takes the first output for scores along its last
+            dimension even so, "values" never does.
     """
     scores = []
     for number in range(len(floats[0])):
         a, b = ([batch[number] for batch in values] for values in (answers, floats))
-        score = _classes(a, b, labels) if number == 0 else None
+        score = _classes(a, b, labels, task) if number == 0 and task != "values" else None
         scores.append(score or _reproduced(a, b, f"output {number}" if len(floats[0]) > 1 else "the output"))
     return scores
 
 
-def _classes(answers: Outputs, floats: Outputs, labels: list[Any]) -> Score | None:
+def _classes(answers: Outputs, floats: Outputs, labels: list[Any], task: str) -> Score | None:
     hits = [class_hits(out, label) for out, label in zip(answers, labels, strict=True)]
     right = [h for h in hits if h is not None]
     if len(right) == len(answers):
         found = torch.cat(right).double()
-        return Score(value=float(found.mean()), how=f"accuracy on {len(found)} labels", samples=len(found))
-    if any(label is not None for label in labels) or any(b.ndim != 2 or b.shape[1] < 2 for b in floats):
+        return Score(
+            value=float(found.mean()), how=f"accuracy on {len(found)} labels", samples=len(found), counted=True
+        )
+    if task == "auto" and (any(y is not None for y in labels) or any(b.ndim != 2 or b.shape[1] < 2 for b in floats)):
         return None
-    same = torch.cat([(a.argmax(1) == b.argmax(1)).double() for a, b in zip(answers, floats, strict=True)])
-    return Score(value=float(same.mean()), how=f"agreement with the float model on {len(same)} rows", samples=len(same))
+    pairs = zip(answers, floats, strict=True)
+    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs]).double()
+    how = f"agreement with the float model on {len(same)} rows"
+    return Score(value=float(same.mean()), how=how, samples=len(same), counted=True)
 
 
 def _reproduced(answers: Outputs, floats: Outputs, what: str) -> Score:

@@ -6,14 +6,19 @@ import os
 from dataclasses import dataclass
 
 from ..core import ConfigError
+from ..data import TASKS
 from ..graph import PASSES
 
 
 @dataclass(frozen=True, kw_only=True)
 class RaceConfig:
-    """How candidates are built and timed.
+    """How candidates are built, judged and timed.
 
     Attributes:
+        task: what the first output is for, which decides how the accuracy of a lower precision is judged: "auto"
+            takes it for the scores of classes if there are class labels, or no labels and an output [rows, at least
+            2]; "classes" takes it for scores along its last dimension; "values" (embeddings, say) compares the
+            numbers themselves.
         isolated: build and time each candidate in a child process, so that its crash, hang or hunger for memory costs
             the candidate only. What cannot travel there (an engine registered in this process, an operator written in
             Python, a model on several kinds of devices) is raced in this process, and the report says so.
@@ -32,6 +37,7 @@ class RaceConfig:
         60
     """
 
+    task: str = "auto"
     isolated: bool = True
     timeout_s: float = 900.0
     memory_gb: float | None = None
@@ -41,6 +47,8 @@ class RaceConfig:
     cache: bool | str | os.PathLike[str] = True
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ConfigError(f"RaceConfig(task={self.task!r}): one of {', '.join(TASKS)} is needed.")
         for name in ("timeout_s", "memory_gb", "seconds"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and value > 0):

@@ -165,6 +165,7 @@ def _choose(
         probe=pytree.tree_leaves(inputs),
         reference=[v for v in pytree.tree_leaves(reference) if isinstance(v, torch.Tensor)],
         batches=[_flat(batch, program) for batch in batches],
+        kind=config.task,
     )
     # The plain thing is the user's own module where there is one, not the graph that was captured from it.
     plain = Executable(parent, "eager", eager_runner(parent), report, module=module)

@@ -29,6 +29,8 @@ ERROR_MULTIPLE = 20.0
 ERROR_FLOOR = 2e-6
 #: Accuracy that a precision below the model's own may cost when no budget says otherwise.
 DEFAULT_ACCURACY_DROP = 0.005
+#: What the difference of two shares of samples may be off by.
+ROUNDING = 1e-9
 
 Leaves = Sequence[Any]
 
@@ -41,11 +43,13 @@ class Task:
         probe: flat inputs that are timed.
         reference: outputs of the float64 reference on `probe`.
         batches: (flat inputs, labels or None) of the dataset; may be empty.
+        kind: what the first output holds, one of `data.TASKS`.
     """
 
     probe: Leaves
     reference: list[torch.Tensor]
     batches: list[tuple[Leaves, Any]]
+    kind: str = "auto"
 
 
 def race(
@@ -129,11 +133,15 @@ class _Judged:
             return
         self._labels = [label for _, label in task.batches]
         self._floats = [_answer(baseline, leaves) for leaves, _ in task.batches]
-        self._plain = judge(self._floats, self._floats, self._labels)
+        self._plain = judge(self._floats, self._floats, self._labels, task.kind)
         baseline.accuracy = self._plain[0].value
         samples = self._plain[0].samples
         if 0 < self._drop * samples < 1:
-            report.note(f"accuracy was judged on {samples} samples, too few to tell a loss of {self._drop:g} from none")
+            told = self._plain[0].allowed(self._drop)
+            report.note(
+                f"accuracy was judged on {samples} samples, too few to tell a loss of {self._drop:g} from none; "
+                f"{told:.4f} is the nearest that they can tell and was allowed"
+            )
 
     def wrong(self, candidate: Candidate, task: Task) -> str:
         """Why its answers on the probe are wrong; empty if they are not."""
@@ -157,15 +165,15 @@ class _Judged:
             answers = [_answer(candidate, leaves) for leaves, _ in task.batches]
         except Exception as e:
             return failure(e)
-        scores = judge(answers, self._floats, self._labels)
+        scores = judge(answers, self._floats, self._labels, task.kind)
         candidate.accuracy = scores[0].value
         problem = ""
         for number, (before, after) in enumerate(zip(self._plain, scores, strict=True)):
             name = f"accuracy, {candidate.name}" if number == 0 else f"output {number}, {candidate.name}"
             self._report.add(name, after.value, before=before.value, how=after.how)
-            lost = before.value - after.value
-            if not lost <= self._drop and not problem:
-                problem = f"loses {lost:.4f} of accuracy ({after.how}), allowed {self._drop:.4f}"
+            lost, allowed = before.value - after.value, after.allowed(self._drop)
+            if not lost <= allowed + ROUNDING and not problem:
+                problem = f"loses {lost:.4f} of accuracy ({after.how}), allowed {allowed:.4f}"
         return problem
 
 

@@ -76,7 +76,7 @@ def memory_of(
         "tree": str(tree),
         "engines": {name: sources(ENGINES.get(name).__module__) for name in sorted(engines)},
         "budget": budget.limits(),
-        "race": [config.rounds, config.seconds, config.memory_gb, config.timeout_s, config.passes],
+        "race": [config.rounds, config.seconds, config.memory_gb, config.timeout_s, config.passes, config.task],
         "hardware": probe().key,
         "threads": torch.get_num_threads(),
         "versions": _versions(),

@@ -24,7 +24,7 @@ from ..core import (
     Report,
     progress,
 )
-from ..data import batch_size, slice_batch, unpack_batch
+from ..data import TASKS, batch_size, slice_batch, unpack_batch
 from ..engines import ENGINES, default_root
 from ..graph import Program, as_inputs, capture
 from ._auto_report import describe, describe_failure
@@ -34,7 +34,7 @@ from ._scores import Findings, fingerprint
 from ._search import OBJECTIVES, Candidate, Goal, Search, cheapest, within
 from ._sensitivity import Pair, Sensitivity, calibrated, spread
 from ._solver import envelope
-from ._task import KINDS, Outputs, Task
+from ._task import Outputs, Task
 from ._verify import Judge, Verdict
 from ._workshop import Workshop
 
@@ -89,8 +89,8 @@ class AutoConfig:
             raise ConfigError(
                 f"AutoConfig(minimise={self.minimise!r}): one of auto, {', '.join(OBJECTIVES)} is needed."
             )
-        if self.task not in KINDS:
-            raise ConfigError(f"AutoConfig(task={self.task!r}): one of {', '.join(KINDS)} is needed.")
+        if self.task not in TASKS:
+            raise ConfigError(f"AutoConfig(task={self.task!r}): one of {', '.join(TASKS)} is needed.")
         for name in ("calibration_batches", "held_out_batches", "points"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"AutoConfig({name}={getattr(self, name)!r}): at least 1 is needed.")

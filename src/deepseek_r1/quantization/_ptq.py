@@ -178,16 +178,13 @@ def improved(
     if not tried and options["scaling"] == "auto":
         options["scaling"] = "off"
 
-    few: list[tuple[Any, ...]] = []
-    for batch in batches:
-        if sum(_rows(b) for b in few) < _COMPARED:
-            few.append(batch)
+    few, others = _parted(batches)
 
     def quality(base: Program, config: PTQConfig) -> float:
-        return _sqnr(parent, _quantised(base, few, config), few)
+        return _sqnr(parent, _quantised(base, few, config), others)
 
     base = rewritten(
-        parent, few, options, lambda m: _formats(m, config, Report(""), parent.name),
+        parent, few, others, options, lambda m: _formats(m, config, Report(""), parent.name),
         lambda base: _quantised(base, few, quick), _sqnr, told,
     )  # fmt: skip
     clip = quick.activation_clip
@@ -197,6 +194,17 @@ def improved(
         clip = "minmax" if found["minmax"] > found["mse"] - 10 * math.log10(BETTER) else "mse"
         told.note(f"ranges of activations by {clip}: " + ", ".join(f"{n} {db:.1f} dB" for n, db in found.items()))
     return base, replace(config, activation_clip=clip)
+
+
+def _parted(batches: list[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """Batches that ranges are taken from, and others to judge by: what fits the first best may not fit others."""
+    half = (len(batches) + 1) // 2
+    few: list[list[tuple[Any, ...]]] = [[], []]
+    for part, source in zip(few, (batches[:half], batches[half:] or batches[:half])):
+        for batch in source:
+            if sum(_rows(b) for b in part) < _COMPARED:
+                part.append(batch)
+    return few[0], few[1]
 
 
 def _quantised(base: Program, batches: list[tuple[Any, ...]], config: PTQConfig) -> Program:

@@ -31,12 +31,14 @@ Compare = Callable[[Program, Program, Batches], float]
 
 
 def rewritten(
-    parent: Program, batches: Batches, options: Mapping[str, str], formats: Formats, quantise: Quantise, sqnr: Compare,
+    parent: Program, batches: Batches, others: Batches, options: Mapping[str, str], formats: Formats, quantise: Quantise, sqnr: Compare,
     report: Report,
 ) -> Program:  # fmt: skip
     """The float program, or a rewrite of it that gives the same answers and is better quantised.
 
     Args:
+        batches: flat inputs that tell how to rewrite.
+        others: those that the answers are compared on.
         options: one of each of `OPTIONS`. What is named is done; "auto" does what makes the quantised answers better.
         formats: of the layers in a graph.
         quantise: post-training quantisation, as cheap as it may be: rewrites are compared by it.
@@ -49,7 +51,7 @@ def rewritten(
         if wanted == "off":
             continue
         if wanted == "auto" and best == -math.inf:
-            best = sqnr(parent, quantise(base), batches)
+            best = sqnr(parent, quantise(base), others)
         start, kept = base, None
         # Methods of one option are rivals: each has to be worth it beside none, and the best of them is taken.
         without = best
@@ -59,8 +61,8 @@ def rewritten(
                 report.skip(f"{name}, {method}", "nothing in the program allows it or gains by it")
                 continue
             if wanted == "auto":
-                same = sqnr(parent, tried, batches)
-                found = sqnr(parent, quantise(tried), batches)
+                same = sqnr(parent, tried, others)
+                found = sqnr(parent, quantise(tried), others)
                 what = f"{found:.1f} dB on calibration data, {without:.1f} without"
                 if same < _SAME_DB or found <= max(best, without - 10 * math.log10(BETTER)):
                     report.skip(f"{name}, {method}", f"{what}; float answers are the same to {same:.0f} dB")

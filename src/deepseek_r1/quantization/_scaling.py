@@ -35,8 +35,6 @@ _SMOOTH = 0.5
 _ROWS = 256
 #: A multiplication that is not folded must leave less than this share of the error.
 _WORTH = 0.8
-#: Shares of a range that are tried for int8 activations with a fixed range.
-_SHRINK = (1.0, 0.85, 0.7, 0.55, 0.4)
 
 
 @dataclass
@@ -46,23 +44,31 @@ class _Value:
     node: Node
     layers: dict[Layer, LayerFormat]
     rows: list[Tensor] = field(default_factory=list)
-    largest: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
     mean: Tensor | None = None
     seen: int = 0
 
-    def see(self, value: Tensor) -> None:
+    @property
+    def largest(self) -> Tensor:
+        """Of each channel."""
+        assert self.low is not None and self.high is not None
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+    def see(self, value: Tensor, wanted: int) -> None:
+        """Remember a batch, and as many of its rows as are wanted, drawn at random but always alike."""
         flat = value.detach().reshape(-1, value.shape[-1]).float()
         if not torch.isfinite(flat).all():
             raise not_finite(self.node)
         if not len(flat):
             return
-        size = flat.abs()
-        top, total = size.amax(0), size.sum(0)
-        self.largest = top if self.largest is None else torch.maximum(self.largest, top)
+        low, high, total = flat.amin(0), flat.amax(0), flat.abs().sum(0)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
         self.mean = total if self.mean is None else self.mean + total
         self.seen += len(flat)
-        if sum(map(len, self.rows)) < _ROWS:
-            self.rows.append(flat[:: max(1, len(flat) // 64)].clone())
+        draw = torch.Generator().manual_seed(len(self.rows))
+        self.rows.append(flat[torch.randperm(len(flat), generator=draw)[:wanted].to(flat.device)])
 
 
 def fold_scales(
@@ -82,10 +88,12 @@ def fold_scales(
     """
     values = [v for v in _values(formats) if method == "awq" or _activation(v) != "float"]
     watched = {v.node: v for v in values}
-    watch(module, watched, batches, lambda node, value: watched[node].see(value))
+    # From every batch alike: a few samples do not tell how the channels of others are.
+    wanted = max(1, -(-_ROWS // len(batches)))
+    watch(module, watched, batches, lambda node, value: watched[node].see(value, wanted))
     done: list[tuple[str, str]] = []
     for number, value in enumerate(values):
-        if value.largest is None or not float(value.largest.max()):
+        if not value.seen or not float(value.largest.max()):
             continue
         scale, share = _search(value, method)
         place = _fold_into(module, value, share)
@@ -120,7 +128,6 @@ def _activation(value: _Value) -> str:
 
 def _search(value: _Value, method: str) -> tuple[Tensor | None, float]:
     """The scales of channels with the smallest error of the layers' outputs, and the share of the error they leave."""
-    assert value.largest is not None
     assert value.mean is not None
     rows = torch.cat(value.rows)
     kept = _error(value, rows, None)
@@ -148,7 +155,9 @@ def _scale(size: Tensor, exponent: float) -> Tensor:
 def _error(value: _Value, rows: Tensor, scale: Tensor | None) -> float:
     total = 0.0
     scaled = rows if scale is None else rows / scale
-    kinds = {kind: _stored_activation(scaled, kind) for kind in {f.activation for f in value.layers.values()}}
+    one = torch.ones(()) if scale is None else scale
+    ends = float((value.low / one).min()), float((value.high / one).max())
+    kinds = {kind: _stored_activation(scaled, kind, ends) for kind in {f.activation for f in value.layers.values()}}
     for layer, fmt in value.layers.items():
         weight = layer.weight.detach()
         wide = weight if scale is None else weight * scale
@@ -161,7 +170,7 @@ def _error(value: _Value, rows: Tensor, scale: Tensor | None) -> float:
     return total
 
 
-def _stored_activation(rows: Tensor, kind: str) -> Tensor:
+def _stored_activation(rows: Tensor, kind: str, ends: tuple[float, float]) -> Tensor:
     if kind == "float":
         return rows
     low, high = INT8_ACTIVATION.range
@@ -170,15 +179,9 @@ def _stored_activation(rows: Tensor, kind: str) -> Tensor:
         stored = _q.quantize_per_token(rows, scale, zero, low, high, torch.int8)
         found: Tensor = _q.dequantize_per_token(stored, scale, zero, low, high, torch.int8, torch.float32)
         return found
-    best: tuple[float, Tensor] = (float("inf"), rows)
-    least, most = min(float(rows.min()), 0.0), max(float(rows.max()), 0.0)
-    for share in _SHRINK:
-        step, offset = affine(least * share, most * share, INT8_ACTIVATION)
-        kept = (torch.clamp(torch.round(rows / step) + offset, low, high) - offset) * step
-        error = float((kept - rows).square().mean())
-        if error < best[0]:
-            best = error, kept
-    return best[1]
+    # All that calibration saw, which a few rows do not hold: a rare large value is what scales are for.
+    step, offset = affine(min(ends[0], 0.0), max(ends[1], 0.0), INT8_ACTIVATION)
+    return (torch.clamp(torch.round(rows / step) + offset, low, high) - offset) * step
 
 
 def _fold_into(module: GraphModule, value: _Value, share: float) -> str | None:

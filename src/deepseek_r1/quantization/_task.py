@@ -12,8 +12,6 @@ from ..core import InputError
 from ..data import class_dim, class_hits
 
 Outputs = list[torch.Tensor]
-#: What may be said about a task; "auto" looks at outputs and labels.
-KINDS = ("auto", "classes", "values")
 
 
 @dataclass(frozen=True)
