@@ -32,7 +32,7 @@ from deepseek_r1.quantization import PTQConfig, quantize
 
 from . import nets
 from .cache import folder
-from .statistics import mean_difference
+from .intervals import mean_difference
 
 RESULT = Path(__file__).parents[1] / "results" / "four_bits.json"
 NET = "gpt_shakespeare"

@@ -29,8 +29,8 @@ from deepseek_r1.measure import paired_latency, ratio_interval
 
 from . import nets
 from .cache import folder
+from .intervals import mean_difference
 from .peers import OURS, RIVALS, check_open, fresh, ours
-from .statistics import mean_difference
 
 RESULT = Path(__file__).parents[1] / "results" / "ptq_peers.json"
 #: Our speed over a peer's may be this much below 1.

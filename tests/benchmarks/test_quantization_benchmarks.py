@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_r1.core import FORMATS, LayerFormat
-from quantization import corpora, effective_bits, nets, page, search, sources, statistics, train
+from quantization import corpora, effective_bits, intervals, nets, page, search, sources, train
 
 _numbers = st.floats(-100, 100, allow_nan=False)
 
 
 @given(st.lists(_numbers, min_size=2, max_size=30), st.integers(0, 1000))
 def test_an_interval_holds_its_mean_and_nothing_differs_from_itself(losses, seed):
-    assert statistics.mean_difference(losses, losses, seed=seed) == (0.0, 0.0, 0.0)
-    low, mean, high = statistics.mean_difference(losses, [0.0] * len(losses), seed=seed)
+    assert intervals.mean_difference(losses, losses, seed=seed) == (0.0, 0.0, 0.0)
+    low, mean, high = intervals.mean_difference(losses, [0.0] * len(losses), seed=seed)
     assert mean == pytest.approx(np.mean(losses), abs=1e-9)
     assert min(losses) - 1e-9 <= low <= high <= max(losses) + 1e-9
 
@@ -26,8 +26,8 @@ def test_samples_of_one_photograph_count_as_one():
     draw = np.random.default_rng(0)
     clusters = np.repeat(np.arange(6), 50)
     losses = draw.normal(size=6)[clusters] + 0.01 * draw.normal(size=300)
-    alone = statistics.mean_difference(losses, np.zeros(300))
-    together = statistics.mean_difference(losses, np.zeros(300), clusters)
+    alone = intervals.mean_difference(losses, np.zeros(300))
+    together = intervals.mean_difference(losses, np.zeros(300), clusters)
     assert together[2] - together[0] > 3 * (alone[2] - alone[0])
 
 

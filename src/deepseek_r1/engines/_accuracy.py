@@ -15,7 +15,12 @@ Outputs = list[torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One judgement, at most 1; `how` says of what, on how many `samples`, `counted` whether those are right or wrong."""
+    """One judgement, at most 1.
+
+    Attributes:
+        how: says of what.
+        counted: whether each of the samples is right or wrong.
+    """
 
     value: float
     how: str

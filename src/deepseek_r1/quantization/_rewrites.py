@@ -31,8 +31,8 @@ Compare = Callable[[Program, Program, Batches], float]
 
 
 def rewritten(
-    parent: Program, batches: Batches, others: Batches, options: Mapping[str, str], formats: Formats, quantise: Quantise, sqnr: Compare,
-    report: Report,
+    parent: Program, batches: Batches, others: Batches, options: Mapping[str, str], formats: Formats,
+    quantise: Quantise, sqnr: Compare, report: Report,
 ) -> Program:  # fmt: skip
     """The float program, or a rewrite of it that gives the same answers and is better quantised.
 

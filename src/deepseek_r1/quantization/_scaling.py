@@ -52,7 +52,8 @@ class _Value:
     @property
     def largest(self) -> Tensor:
         """Of each channel."""
-        assert self.low is not None and self.high is not None
+        assert self.low is not None, "asked once something was seen"
+        assert self.high is not None, "the same"
         return torch.maximum(self.low.abs(), self.high.abs())
 
     def see(self, value: Tensor, wanted: int) -> None:
