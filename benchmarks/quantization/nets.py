@@ -185,9 +185,10 @@ def _efficientnet() -> Net:
     build = functools.cache(sources.efficientnet_lite0)
     calibrating, _ = sources.photograph_crops(sources.CALIBRATION_PHOTOGRAPHS, 12, seed=1)
     judged, clusters = sources.photograph_crops(sources.HELD_OUT_PHOTOGRAPHS, 12, seed=2)
+    model = build()
     with torch.inference_mode():
         # There are no labels for these; what float32 says stands in for them.
-        labels = [torch.cat([build()(part).argmax(1) for part in x.split(8)]) for x in (calibrating, judged)]
+        labels = [torch.cat([model(part).argmax(1) for part in x.split(8)]) for x in (calibrating, judged)]
     return Net(
         name="efficientnet_lite0", kind="cnn", build=build, calibration=batched(calibrating, labels[0], 8),
         held_out=batched(judged, labels[1], 8), losses=divergence, metric="top-1 agreement with float32",

@@ -290,3 +290,11 @@ def test_an_operator_without_float64_is_judged_in_its_own_type():
     after = simplify(capture(Custom(), torch.randn(3)))
     assert aten.dropout.default not in targets(after)
     assert after.report.skipped[-1][0] == "float64"
+
+
+def test_buffers_made_in_inference_mode_do_not_count_as_written_to():
+    net = normed(2)
+    with torch.inference_mode():
+        net[1].num_batches_tracked = torch.tensor(0)
+    after = simplify(capture(net.requires_grad_(False), torch.randn(2, 2, 6, 6)))
+    assert aten.batch_norm.default not in targets(after)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import deepseek_r1 as dr1
 from deepseek_r1.core import NonFiniteLossError
 from deepseek_r1.train import Callback, Trainer, TrainingConfig
 
@@ -36,11 +37,36 @@ def weights(model):
 def test_training_learns_at_each_precision(precision):
     trainer = Trainer(net(), batches(), batches(4), lr=1e-2, config=TrainingConfig(precision=precision))
     report = trainer.train(epochs=4)
-    assert next(trainer.model.parameters()).is_cuda
+    assert report.facts["device"].startswith("cuda")
+    assert not next(trainer.model.parameters()).is_cuda
     assert next(trainer.model.parameters()).dtype == torch.float32
     assert report["val_accuracy"].after > 0.9
     assert trainer.predict(batches(2)).device.type == "cpu"
     assert precision != "auto" or trainer.config.precision in ("bf16", "fp16")
+
+
+def test_a_model_is_afterwards_where_it_was(tmp_path):
+    """So that batches on the CPU go on to serve `quantize` and `optimize`; a run is resumed all the same."""
+    runs = []
+    for folder in (None, str(tmp_path)):
+        torch.manual_seed(0)
+        model = net()
+        first = next(model.parameters())
+        trainer = Trainer(model, batches(), lr=1e-2, config=TrainingConfig(precision="fp32", save_dir=folder, seed=0))
+        if folder:
+            trainer.train(epochs=1)
+            model = net()
+            first = next(model.parameters())
+            trainer = Trainer(model, batches(), lr=1e-2, config=trainer.config)
+            trainer.resume()
+        trainer.train(epochs=2)
+        assert next(model.parameters()) is first
+        assert first.device.type == "cpu"
+        assert all(s["exp_avg"].is_cuda for s in trainer.optimizer.state.values())
+        runs.append(weights(model))
+    for one, other in zip(*runs):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert dr1.quantize(model, dataset=batches()).precision == "int8"
 
 
 class Keep(Callback):
@@ -104,7 +130,7 @@ def test_a_step_does_not_wait_for_the_device():
     trainer = Trainer(net(), [(x.pin_memory(), y.pin_memory()) for x, y in batches()], config=TrainingConfig())
     trainer.train(epochs=1)
     window = [tuple(t.pin_memory() for t in batches(1)[0])]
-    trainer.model.train()
+    trainer.model.to(trainer.device).train()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):

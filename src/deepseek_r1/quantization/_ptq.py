@@ -168,7 +168,7 @@ def improved(
         batches: flat inputs; without any nothing is rewritten.
         told: takes what was done, and what was tried.
     """
-    quick = replace(config, rounding="nearest", group_clip="minmax", embedding=None)
+    quick = replace(config, rounding="nearest", weight_clip="minmax", group_clip="minmax", embedding=None)
     if config.activation_clip == "auto":
         quick = replace(quick, activation_clip="mse")
     formats = _formats(parent.module(), config, Report(""), parent.name)

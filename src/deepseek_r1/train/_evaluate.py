@@ -34,6 +34,20 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was
 
 
+@contextlib.contextmanager
+def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on a device, and afterwards where it was; its parameters stay the same objects."""
+    before = next((t.device for t in (*model.parameters(), *model.buffers())), device)
+    if before == device:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
 def evaluate(
     model: nn.Module,
     loader: Iterable[Any],

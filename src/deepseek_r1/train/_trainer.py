@@ -22,7 +22,7 @@ from . import _checkpoint as disk
 from ._callbacks import Callback, EarlyStopping, call, check_callbacks, overriding
 from ._config import TrainingConfig, resolve
 from ._epoch import Place, batches, check_loader, empty_loader, epoch_start, steps_in_epoch, windows
-from ._evaluate import evaluate, example_inputs, mode, predict
+from ._evaluate import evaluate, example_inputs, mode, placed, predict
 from ._interrupt import Interrupts
 from ._objective import LossFunction, Objective
 from ._optim import OptimizerLike, lr_factor, make_optimizer
@@ -44,8 +44,8 @@ from ._summary import differences, summarise
 class Trainer:
     """Trains a model in place on one device (CPU or one CUDA GPU).
 
-    The model is moved to the device when the Trainer is made and its parameters are changed by `train`; no copy is
-    made. Its modules' training and evaluation modes are put back after every verb.
+    The model is on the device while a verb of the Trainer runs, and afterwards where it was; its parameters are
+    changed by `train`, no copy is made. Its modules' training and evaluation modes are put back after every verb too.
 
     Args:
         model: any `nn.Module`.
@@ -91,13 +91,14 @@ class Trainer:
             raise ConfigError(f"Trainer(config={type(given).__name__}): a TrainingConfig is needed.")
         self.config, self._reasons = resolve(given, model)
         self.device = torch.device(self.config.device)
-        self.model = model.to(self.device)
+        self.model = model
         check_loader(train_loader, "train_loader")
         if val_loader is not None:
             check_loader(val_loader, "val_loader")
         self.train_loader, self.val_loader = train_loader, val_loader
         self.metrics = metrics
-        self.optimizer, self._reasons["optimizer"] = make_optimizer(model, lr, self.config, optimizer)
+        with placed(model, self.device):
+            self.optimizer, self._reasons["optimizer"] = make_optimizer(model, lr, self.config, optimizer)
         self.callbacks = check_callbacks(callbacks)
         if self.config.early_stop_patience is not None:
             c = self.config
@@ -164,6 +165,7 @@ class Trainer:
         last_epoch, first = self._progress.first_epoch + epochs, self.step
         with ExitStack() as stack:
             self._interrupts = stack.enter_context(Interrupts())
+            stack.enter_context(placed(self.model, self.device))
             stack.enter_context(mode(self.model, True))
             stack.enter_context(deterministic_kernels(self.config.deterministic))
             stack.enter_context(cpu_threads(self.config.threads))
@@ -195,15 +197,17 @@ class Trainer:
         source = self.val_loader if loader is None else loader
         if source is None:
             raise InputError("evaluate() needs a loader: give one, or make the Trainer with val_loader=.")
-        self._stepper.settle()
-        return evaluate(
-            self.model, source, self._objective, self.metrics, device=self.device, precision=self.config.precision
-        )
+        with placed(self.model, self.device):
+            self._stepper.settle()
+            return evaluate(
+                self.model, source, self._objective, self.metrics, device=self.device, precision=self.config.precision
+            )
 
     def predict(self, loader: Iterable[Any]) -> Any:
         """The model's outputs for a whole loader, concatenated on the CPU (labels in the batches are ignored)."""
-        self._stepper.settle()
-        return predict(self.model, loader, device=self.device, precision=self.config.precision)
+        with placed(self.model, self.device):
+            self._stepper.settle()
+            return predict(self.model, loader, device=self.device, precision=self.config.precision)
 
     def export(self, path: str | os.PathLike[str], **options: Any) -> Report:
         """Write the model for deployment (`model.onnx`, or a directory for an Artifact) through `deploy.export`.
@@ -276,7 +280,9 @@ class Trainer:
         if found is None:
             return None
         model_state, state = disk.read_checkpoint(found)
-        self._load(found, model_state, state)
+        # The optimizer's state is put where the parameters are.
+        with placed(self.model, self.device):
+            self._load(found, model_state, state)
         self._skipped += [(str(bad), why) for bad, why in refused.items()]
         return found
 

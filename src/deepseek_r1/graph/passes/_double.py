@@ -77,7 +77,8 @@ class Judge:
         if not isinstance(value, torch.Tensor):
             return value
         with torch.inference_mode(False), torch.no_grad():
-            copied = value.detach().clone()
+            # A copy of what was made in inference mode counts as written to; `data` begins to count anew.
+            copied = value.detach().clone().data
             return copied.double() if value.is_floating_point() and not self.why_not else copied
 
 
