@@ -44,7 +44,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 def measured_on(found: dict[str, Any]) -> str:
     """One sentence of hardware, versions and date."""
     hardware = found["hardware"]
-    gpus = [gpu["name"] for gpu in hardware.get("gpus", [])]
+    gpus = [gpu["name"] for gpu in hardware.get("gpus", []) if found.get("device", "cuda") != "cpu"]
     where = gpus[0] if gpus else f"{hardware['cpu']}, {hardware['cores']} cores"
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name != "deepseek-r1")
     return f"Measured on {where}, {hardware['system'].split('-')[0]}, {found['date'][:10]}; {versions}."
@@ -249,6 +249,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "passes": (("passes", "passes_cuda"), passes),
     "ptq": (("ptq_peers",), from_page(page.ptq)),
     "quantization-search": (("quantization_search",), from_page(page.search)),
+    "pruning": (("pruning",), from_page(page.pruning)),
     "four-bits": (("four_bits",), from_page(page.four_bits)),
     "quantization-exports": (("quantization_exports",), from_page(page.exports)),
 }

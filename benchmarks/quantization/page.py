@@ -96,6 +96,43 @@ def four_bits(found: dict[str, Any]) -> Page:
     return head, body, []
 
 
+#: Rows of the table of pruning, in order.
+_PRUNED = {
+    "base": "not pruned",
+    "ours": _OURS,
+    "torch-pruning": "Torch-Pruning",
+    "dense": "dense, as small, trained as long",
+    "dense-taught": "the same, taught by the float network",
+    "ours-int8": f"{_OURS}, int8",
+    "torch-pruning-int8": "Torch-Pruning, torchao in int8",
+    "dense-int8": "dense, int8",
+}
+
+
+def pruning(found: dict[str, Any]) -> Page:
+    """Pruned networks, in float and trained in int8; accuracies are means over the seeds."""
+    head = ["parameters gone", "by", "parameters", "accuracy", "ours less it, points", "loss", "file, MB"]
+    body, below = [], []
+    for sparsity, result in found["results"].items():
+        gone, means, int8 = f"{float(sparsity):.0%}", result["means"], result.get("int8", {})
+        key = "ours minus others (mean, standard error)"
+        for name in (n for n in _PRUNED if n in means):
+            mean = means[name]
+            less = (int8 if name.endswith("int8") else result)[key][name]
+            # Bytes of torchao's module are not those of a file.
+            size = f"{mean['file_bytes'] / 1e6:.2f}" if "float_bytes" in mean else "–"
+            apart = "–" if name.startswith("ours") else f"{100 * less[0]:.2f} ± {100 * less[1]:.2f}"
+            body.append([
+                "–" if name == "base" else gone, _PRUNED[name], f"{mean['parameters'] / 1e3:.0f} k",
+                f"{mean['accuracy']:.4f}", apart, f"{mean['loss']:.3f}", size,
+            ])  # fmt: skip
+        said = f"- {gone} gone, {result['seeds']} seeds: ours keeps {result['accuracy kept']:.1%} of the accuracy"
+        if int8:
+            said += f"; in int8 {int8['accuracy kept']:.1%}, in {int8['share of the float file']:.1%} of the float file"
+        below.append(f"{said}. ± is one standard error.")
+    return head, body, below
+
+
 def search(found: dict[str, Any]) -> Page:
     """Points of the search, those on the frontier in bold."""
     head = ["network", "formats", "task metric", "loss", "divergence", "latency, × float32", "file, MB", "layers"]

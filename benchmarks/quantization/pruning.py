@@ -424,7 +424,8 @@ def main(arguments: list[str]) -> int:
     path = options.work / "latency.json"
     versions = {n: importlib.metadata.version(n) for n in ("torch", "torch-pruning", "torchao")}
     about = {
-        "hardware": probe().to_dict(), "versions": versions, "threads": torch.get_num_threads(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu", "hardware": probe().to_dict(), "versions": versions,
+        "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "epochs": EPOCHS, "recovery": RECOVERY, "samples": TRAIN, "test": TEST, "stages missing": missing,
     }  # fmt: skip

@@ -13,7 +13,8 @@ from ..core import (
     Int8Weight,
     LayerFormat,
 )
-from ._auto import AutoConfig, AutoQuantizer
+from ._auto import AutoQuantizer
+from ._auto_config import AutoConfig
 from ._dynamic import DSQuantizer
 from ._ptq import PTQConfig, quantize_program
 from ._qat import QATConfig, R1Quantizer

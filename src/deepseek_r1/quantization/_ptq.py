@@ -141,12 +141,12 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
     """
     batches = [] if dataset is None else calibration_inputs(program, dataset, config.calibration_batches)
     parent = simplified(program)
-    told = Report("rewrites")
-    base, config = improved(parent, batches, config, told)
+    rewrites = Report("rewrites")
+    base, config = improved(parent, batches, config, rewrites)
     result = replace(_quantised(base, batches, config), parent=parent)
     report = result.report
-    if told.rows or told.skipped:
-        report.sections.append(told)
+    if told(rewrites):
+        report.sections.append(rewrites)
     report.add(
         "weights", result.parameters_bytes, before=parent.parameters_bytes, unit="bytes",
         how="all parameters and buffers",
@@ -159,14 +159,19 @@ def quantize_program(program: Program, dataset: Iterable[Any] | None, config: PT
     return result
 
 
+def told(report: Report) -> bool:
+    """Whether a report of rewrites has something to say."""
+    return bool(report.rows or report.skipped or report.notes)
+
+
 def improved(
-    parent: Program, batches: list[tuple[Any, ...]], config: PTQConfig, told: Report
+    parent: Program, batches: list[tuple[Any, ...]], config: PTQConfig, report: Report
 ) -> tuple[Program, PTQConfig]:
     """The float program with the rewrites that suit its quantisation, and the options with nothing left to "auto".
 
     Args:
         batches: flat inputs; without any nothing is rewritten.
-        told: takes what was done, and what was tried.
+        report: takes what was done, and what was tried.
     """
     quick = replace(config, rounding="nearest", weight_clip="minmax", group_clip="minmax", embedding=None)
     if config.activation_clip == "auto":
@@ -183,16 +188,17 @@ def improved(
     def quality(base: Program, config: PTQConfig) -> float:
         return _sqnr(parent, _quantised(base, few, config), others)
 
-    base = rewritten(
+    base, known = rewritten(
         parent, few, others, options, lambda m: _formats(m, config, Report(""), parent.name),
-        lambda base: _quantised(base, few, quick), _sqnr, told,
+        lambda base: _quantised(base, few, quick), _sqnr, report,
     )  # fmt: skip
     clip = quick.activation_clip
     static = any(fmt.activation == "static" for fmt in formats.values())
     if config.activation_clip == "auto" and batches and linear and static:
-        found = {name: quality(base, replace(quick, activation_clip=name)) for name in ("mse", "minmax")}
+        found = {"mse": known if known > -math.inf else quality(base, quick)}
+        found["minmax"] = quality(base, replace(quick, activation_clip="minmax"))
         clip = "minmax" if found["minmax"] > found["mse"] - 10 * math.log10(BETTER) else "mse"
-        told.note(f"ranges of activations by {clip}: " + ", ".join(f"{n} {db:.1f} dB" for n, db in found.items()))
+        report.note(f"ranges of activations by {clip}: " + ", ".join(f"{n} {db:.1f} dB" for n, db in found.items()))
     return base, replace(config, activation_clip=clip)
 
 

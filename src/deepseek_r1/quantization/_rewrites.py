@@ -33,8 +33,10 @@ Compare = Callable[[Program, Program, Batches], float]
 def rewritten(
     parent: Program, batches: Batches, others: Batches, options: Mapping[str, str], formats: Formats,
     quantise: Quantise, sqnr: Compare, report: Report,
-) -> Program:  # fmt: skip
-    """The float program, or a rewrite of it that gives the same answers and is better quantised.
+) -> tuple[Program, float]:  # fmt: skip
+    """The float program, or a rewrite of it that gives the same answers and is better quantised; and how well (dB).
+
+    That number is minus infinity where nothing had to be compared.
 
     Args:
         batches: flat inputs that tell how to rewrite.
@@ -74,7 +76,7 @@ def rewritten(
             base, kept = tried, (method, done)
         for names, how in kept[1] if kept else ():
             report.add(f"{name} of {names}", kept[0] if kept else "", how=how)
-    return base
+    return base, best
 
 
 def _tried(

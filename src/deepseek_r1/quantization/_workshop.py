@@ -37,10 +37,12 @@ class Workshop:
         module: its graph, which trials run.
         layers: those that a format can be chosen for.
         skipped: what stays float whatever is chosen, and why.
+        rewrites: a report of what was done to the program before, and of what was tried.
     """
 
     def __init__(self, program: Program, batches: Sequence[tuple[Any, ...]], config: PTQConfig) -> None:
-        self.parent, self._config = improved(simplified(program), list(batches), config, Report("rewrites"))
+        self.rewrites = Report("rewrites")
+        self.parent, self._config = improved(simplified(program), list(batches), config, self.rewrites)
         self.module: GraphModule = self.parent.exported.module(check_guards=False)  # type: ignore[assignment]
         report, config = Report("layers"), self._config
         self.layers = find_layers(self.module, config.skip, report)
