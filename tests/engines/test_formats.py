@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_r1.core import Budget, Int4Dynamic, Int4Weight, Int8Dynamic, Int8Static, Int8Weight
+from deepseek_r1.core import Budget, Float32, Int4Dynamic, Int4Weight, Int8Dynamic, Int8Static, Int8Weight
 from deepseek_r1.deploy import export
 from deepseek_r1.engines import ENGINES, RaceConfig, optimize, to_onnx
 from deepseek_r1.engines._float_weights import floats_of_groups
@@ -162,3 +162,21 @@ def test_every_static_layer_is_an_integer_kernel_in_onnxruntime(fixed, tmp_path)
     assert engine.integer_kernels(tmp_path) == 3
     found = engine.open(tmp_path, lambda: quantised)([x])[0]
     assert decibels(quantised(x), found) > CLOSE["onnxruntime"]
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_float_layer_between_integer_ones_keeps_its_weights_in_onnxruntime(dims, tmp_path):
+    """ONNX Runtime by itself rounds such weights, with one scale for all output channels."""
+    torch.manual_seed(0)
+    conv = (nn.Conv1d, nn.Conv2d)[dims - 1]
+    net = nn.Sequential(conv(3, 8, 3), nn.ReLU(), conv(8, 8, 3), nn.ReLU(), conv(8, 4, 3), nn.ReLU()).eval()
+    with torch.no_grad():
+        # Channels of different size, of which one scale for all would lose the small ones.
+        net[2].weight.mul_(torch.logspace(-2, 0, 8).reshape(-1, *[1] * (dims + 1)))
+    x = torch.randn(4, 3, *[12] * dims)
+    config = PTQConfig(layers={"2": Float32(), "4": Int8Static()})
+    program = quantize(capture(net, (x,)), dataset=[x], config=config)
+    engine = ENGINES.get("onnxruntime")()
+    engine.build(program, tmp_path, program.precision)
+    found = engine.open(tmp_path, lambda: program)([x])[0]
+    assert decibels(program(x), found) > 80
