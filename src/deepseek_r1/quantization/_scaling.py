@@ -156,6 +156,8 @@ def _scale(size: Tensor, exponent: float) -> Tensor:
 def _error(value: _Value, rows: Tensor, scale: Tensor | None) -> float:
     total = 0.0
     scaled = rows if scale is None else rows / scale
+    assert value.low is not None, "asked once something was seen"
+    assert value.high is not None, "the same"
     one = torch.ones(()) if scale is None else scale
     ends = float((value.low / one).min()), float((value.high / one).max())
     kinds = {kind: _stored_activation(scaled, kind, ends) for kind in {f.activation for f in value.layers.values()}}
