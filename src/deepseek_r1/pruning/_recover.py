@@ -123,10 +123,7 @@ def recover_(
         schedule="cosine", warmup=0.1, weight_decay=1e-4, seed=config.seed, clip_grad_norm=5.0
     )
     settings = replace(settings, save_dir=None)
-    place = next(iter(model.parameters())).device
     distilled = Distilled(model, copy.deepcopy(teacher), config, loss)
     trainer = Trainer(distilled, train_loader, lr=lr, config=settings)
     distilled._teacher[0].to(trainer.device)
-    report = trainer.train(epochs)
-    model.to(place)
-    return report
+    return trainer.train(epochs)
