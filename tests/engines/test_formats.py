@@ -180,3 +180,20 @@ def test_a_float_layer_between_integer_ones_keeps_its_weights_in_onnxruntime(dim
     engine.build(program, tmp_path, program.precision)
     found = engine.open(tmp_path, lambda: program)([x])[0]
     assert decibels(program(x), found) > 80
+
+
+def test_a_dead_channel_leaves_its_layer_an_integer_kernel_in_onnxruntime(tmp_path):
+    """Its weights are so small that its bias is more of their steps than int32 holds."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    with torch.no_grad():
+        net[0].weight[2].mul_(1e-12)
+        net[0].bias[2] = 1.5
+        net[0].bias[3] = -0.5
+    x = torch.randn(4, 3, 12, 12)
+    program = quantize(capture(net, (x,)), dataset=[x])
+    engine = ENGINES.get("onnxruntime")()
+    engine.build(program, tmp_path, program.precision)
+    assert engine.integer_kernels(tmp_path) == 1, "the last one gives floats"
+    found = engine.open(tmp_path, lambda: program)([x])[0]
+    assert decibels(program(x), found) > CLOSE["onnxruntime"]

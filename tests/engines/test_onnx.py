@@ -11,7 +11,7 @@ from torch import nn
 from deepseek_r1 import deploy, runtime
 from deepseek_r1.core import Report, UnsupportedOpError
 from deepseek_r1.engines import ENGINES, Executable, compile_program, to_onnx
-from deepseek_r1.engines._onnx import retarget
+from deepseek_r1.engines._onnx_integer import retarget
 from deepseek_r1.graph import capture, simplify
 from deepseek_r1.models import DigitsNet
 from deepseek_r1.quantization import quantize

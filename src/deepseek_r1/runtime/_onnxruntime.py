@@ -14,9 +14,6 @@ from ..core import ArtifactError, InputError
 from ._empty import run_empty
 
 Array = NDArray[Any]
-#: It gives float weights between integer layers 8 bits, one scale for all of a layer, which nobody asked for
-#: (ONNX Runtime 1.23 and later, by default).
-_NOT_WANTED = ["WeightBiasQuantization"]
 
 
 class OnnxSession:
@@ -48,9 +45,7 @@ class OnnxSession:
             options.profile_file_prefix = os.fspath(profile)
         source = model if isinstance(model, bytes) else os.fspath(model)
         try:
-            self._session = onnxruntime.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=_NOT_WANTED
-            )
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # onnxruntime raises a dozen unrelated classes here
             where = "the model" if isinstance(model, bytes) else str(source)
             raise ArtifactError(f"{where} could not be opened by ONNX Runtime: {e}") from e
