@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.nn import *  # type: ignore[assignment]  # noqa: F403
     from torch.optim import *  # noqa: F403
 
+    from . import compression as compression
     from . import core as core
     from . import data as data
     from . import deploy as deploy

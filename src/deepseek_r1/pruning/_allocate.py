@@ -39,10 +39,17 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupCurve:
-    """The trade of one group: its points from all channels on downwards."""
+    """The trade of one group: its points from all channels on downwards.
+
+    Attributes:
+        name: the layer that makes its channels.
+        points: the first has all of them.
+        members: (tensor, dimension, indices a unit) that shrink with it.
+    """
 
     name: str
     points: tuple[CurvePoint, ...]
+    members: tuple[tuple[str, int, int], ...] = ()
 
 
 class Ladder:
@@ -51,9 +58,13 @@ class Ladder:
     def __init__(self, group: Group, importance: Importance, step: int, keep_at_least: float) -> None:
         self.group = group
         self.order, behind = importance.leaving(group)
+        self._behind = np.concatenate([[0.0], behind])
         self.stops = stops(group.size, group.width, step, keep_at_least)
-        losses = np.concatenate([[0.0], behind])
-        self.losses = [float(losses[group.size - kept]) for kept in self.stops]
+
+    @property
+    def losses(self) -> list[float]:
+        """The predicted rise of the loss at each stop."""
+        return [float(self._behind[self.group.size - kept]) for kept in self.stops]
 
     def removed(self, rung: int) -> Any:
         """The units that are gone at a stop."""
@@ -180,6 +191,17 @@ def choose(
     return Choice(ladders=ladders, rungs=rungs, cost=cost.total)
 
 
+def keeping(structure: Structure, ladders: Sequence[Ladder], keep: Mapping[str, int]) -> Choice:
+    """So many units of each group that is named, and all of the others."""
+    for ladder in ladders:
+        size = ladder.group.size
+        ladder.stops = [size, min(size, keep.get(ladder.group.name, size))]
+    cost = Bill(structure, parameters_of(structure))
+    for ladder in ladders:
+        cost.take(ladder.group, ladder.stops[0] - ladder.stops[1])
+    return Choice(ladders=list(ladders), rungs=dict.fromkeys((la.group.name for la in ladders), 1), cost=cost.total)
+
+
 def _offer(queue: list[tuple[float, int]], i: int, ladder: Ladder, rung: int, worth: Bill) -> None:
     if rung + 1 < len(ladder.stops):
         heapq.heappush(queue, (_price(ladder, rung, worth), i))
@@ -221,4 +243,4 @@ def curve_of(structure: Structure, ladder: Ladder, elsewhere: int, ms: Mapping[i
                 ms=ms.get(kept),
             )
         )  # fmt: skip
-    return GroupCurve(name=ladder.group.name, points=tuple(points))
+    return GroupCurve(name=ladder.group.name, points=tuple(points), members=ladder.group.members)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from ..core import CheckFailedError, InputError, Report
 from ..train import Objective
 from ..train._evaluate import evaluate
-from ._allocate import Bill, Choice, Ladder, bytes_of, choose, operations_of, parameters_of
+from ._allocate import Bill, Choice, Ladder, bytes_of, choose, keeping, operations_of, parameters_of
 from ._examples import examples_for
 from ._plan import PruningPlan
 from ._recover import ENOUGH_SAMPLES, recover_, reestimate_
@@ -87,11 +87,11 @@ class Compression:
         model, budget = self.pruner.model, self.pruner.budget
         numbers = math.inf if sparsity is None else (1 - sparsity) * parameters_in(model)
         size = math.inf if budget.size_mb is None else budget.size_mb * 1e6
-        return _Target(parameters=numbers, size=size, latency_ms=budget.latency_ms)
+        return _Target(parameters=numbers, size=size, latency_ms=budget.latency_ms, keep=self.pruner.keep)
 
     def _rounds(self) -> int:
         asked = self.config.rounds
-        if self.train is None:
+        if self.train is None or self.pruner.keep:
             return 1
         # A round with fewer than four epochs has not recovered when the next one judges it.
         return max(1, min(3, self.epochs // 4)) if asked == "auto" else min(int(asked), self.epochs)
@@ -161,7 +161,10 @@ class Compression:
         return _State(cut, state.plan.then(plan), structure, max(state.error, verdict.error))
 
     def _chosen(self, model: nn.Module, structure: Structure, ladders: list[Ladder], target: _Target) -> Choice:
-        """The least predicted loss within the targets of parameters and size."""
+        """The units that were asked for, or the least predicted loss within the targets of parameters and size."""
+        if target.keep:
+            self._check_names(structure, target.keep)
+            return keeping(structure, ladders, target.keep)
         currency = operations_of(structure) if self.config.currency == "operations" else None
         choices = []
         for limit, weigh, whole, what in (
@@ -178,6 +181,15 @@ class Compression:
         if choices:
             return max(choices, key=lambda c: c.removed().size)
         return choose(structure, ladders, parameters_of(structure), math.inf, currency)
+
+    def _check_names(self, structure: Structure, keep: Mapping[str, int]) -> None:
+        """Every name must be a group's of the module as it was given, and every number at most its size."""
+        first = self.first or structure
+        sizes = {g.name: g.size for g in first.groups}
+        for name, units in keep.items():
+            if name not in sizes or units > sizes[name]:
+                known = ", ".join(f"{n}: {size}" for n, size in sizes.items())
+                raise InputError(f"R1Pruner(keep={{{name!r}: {units}}}): the groups and their units are {known}.")
 
     def _fast_enough(
         self, model: nn.Module, structure: Structure, ladders: list[Ladder], target: _Target, least: Choice
@@ -339,6 +351,7 @@ class _Target:
     parameters: float
     size: float
     latency_ms: float | None
+    keep: Mapping[str, int] = field(default_factory=dict)
 
     def part(self, share: float, model: nn.Module) -> _Target:
         """A part of the way, in equal ratios."""
@@ -347,4 +360,4 @@ class _Target:
         whole, size = parameters_in(model), bytes_in(model)
         numbers = whole * min(1.0, self.parameters / whole) ** share if self.parameters < math.inf else math.inf
         room = size * min(1.0, self.size / size) ** share if self.size < math.inf else math.inf
-        return _Target(parameters=numbers, size=room, latency_ms=self.latency_ms)
+        return _Target(parameters=numbers, size=room, latency_ms=self.latency_ms, keep=self.keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,13 +37,15 @@ class R1Pruner:
         sparsity: share of the parameters to remove; 0.3 if there is no budget either.
         budget: instead, or as well: `size_mb` (of parameters and buffers), `latency_ms` (eager, on the example
             inputs), `accuracy_drop` (on the validation data; alone it removes as much as it allows).
+        keep: instead of both: how many units of a group stay, by the group's name (see `curves`), in one round; all
+            units of the others stay.
         dataset: batches like those of the task, for the importance; labels are used where there are any.
         example_inputs: inputs to capture with; by default from the data, else guessed from the first layer.
         loss: a function of (outputs, labels); by default chosen as `Trainer` does.
         config: see `PruneConfig`.
 
     Raises:
-        ConfigError: a sparsity outside (0, 1), or a budget that pruning cannot steer.
+        ConfigError: a sparsity outside (0, 1), a budget that pruning cannot steer, or numbers to keep beside either.
         InputError: the model is no module.
 
     Example:
@@ -65,6 +67,7 @@ class R1Pruner:
         sparsity: float | None = None,
         *,
         budget: Budget | None = None,
+        keep: Mapping[str, int] | None = None,
         dataset: Iterable[Any] | None = None,
         example_inputs: Any = None,
         loss: LossFunction | None = None,
@@ -80,7 +83,8 @@ class R1Pruner:
         if not isinstance(self.config, PruneConfig):
             raise ConfigError(f"R1Pruner(config={type(config).__name__}): a PruneConfig is needed.")
         self.budget = Budget() if budget is None else budget
-        self.sparsity = _checked(sparsity, self.budget)
+        self.keep = _units(keep, sparsity is not None or bool(self.budget.limits()))
+        self.sparsity = None if self.keep else _checked(sparsity, self.budget)
         self.example_inputs = example_inputs
 
     def curves(self, *, latency: bool = False) -> list[GroupCurve]:
@@ -175,6 +179,19 @@ class R1Pruner:
         }
         times = timed(cut, self._timed_on(structure), rounds=12, seconds=5.0)
         return {int(kept): latency.median_ms for kept, latency in times.items()}
+
+
+def _units(keep: Mapping[str, int] | None, other: bool) -> dict[str, int]:
+    if keep is None:
+        return {}
+    if other or not keep:
+        raise ConfigError(
+            "R1Pruner(keep=...): units of at least one group are needed, with neither sparsity nor budget beside them."
+        )
+    for name, units in keep.items():
+        if isinstance(units, bool) or not isinstance(units, int) or units < 1:
+            raise ConfigError(f"R1Pruner(keep={{{name!r}: {units!r}}}): a whole number >= 1 is needed.")
+    return dict(keep)
 
 
 def _checked(sparsity: float | None, budget: Budget) -> float | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 from ..core import Budget, CheckFailedError, ConfigError, InputError, Report, progress
 from ..data import batch_size, slice_batch, unpack_batch
@@ -20,11 +21,11 @@ from ._auto_report import describe, describe_failure
 from ._latency import LatencyTable, measure_table
 from ._ptq import check_inputs, told
 from ._scores import Findings, fingerprint
-from ._search import OBJECTIVES, Candidate, Goal, Search, cheapest, within
+from ._search import OBJECTIVES, Candidate, Costs, Goal, Search, cheapest, within
 from ._sensitivity import Pair, Sensitivity, calibrated, spread
 from ._solver import envelope
 from ._task import Outputs, Task
-from ._verify import Judge, Verdict
+from ._verify import Comparison, Judge, Verdict
 from ._workshop import Workshop
 
 METHODS = ("mixed-precision",)
@@ -159,6 +160,46 @@ class AutoQuantizer:
         """The program with the formats of a point of the curve, neither timed nor judged."""
         return self._prepare().shop.build(candidate.choice)
 
+    def costs(self) -> Costs:
+        """What each layer costs in each format, for a solver of one's own."""
+        return self._prepare().search.costs()
+
+    def completed(self, budget: Budget | None = None) -> Budget:
+        """The budget with the loss of accuracy that is allowed where it says nothing of it, but has to."""
+        found = self._prepare()
+        goal = Goal.of(budget, self.config.minimise, found.task.quality_name)
+        return replace(budget or Budget(), accuracy_drop=goal.drop)
+
+    def best_of(self, programs: Mapping[str, Program], budget: Budget | None = None) -> Comparison:
+        """Programs that take the model's inputs, wherever they came from, timed in turns on the engine and judged on
+        the held-out data against the float model.
+
+        The best is the first one that keeps the budget, or a later one that keeps it too and is surely better.
+        """
+        found = self._prepare()
+        goal = Goal.of(budget, self.config.minimise, found.task.quality_name)
+        return self._judge(found, goal).best_of(programs)
+
+    @torch.no_grad()
+    def distance(self, module: torch.nn.Module) -> tuple[float, float]:
+        """How far a module's answers to the calibration data are from the model's: the loss that `costs` adds up, and
+        the quality that is lost.
+        """
+        found = self._prepare()
+        tree = pytree.tree_structure(self._program.example_inputs)
+        losses, drops = [], []
+        for (leaves, labels), floats in zip(self._calibration, found.sensitivity.floats):
+            args, kwargs = pytree.tree_unflatten(leaves, tree)
+            answers = [v for v in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(v, torch.Tensor)]
+            losses.append(found.task.divergence(answers, floats))
+            drops.append(found.task.quality(floats, floats, labels) - found.task.quality(answers, floats, labels))
+        return float(torch.cat(losses).mean()), float(torch.cat(drops).mean())
+
+    def _judge(self, found: _Prepared, goal: Goal) -> Judge:
+        return Judge(
+            found.shop, self.config.engine, self._timed, self._held_out, found.task, goal, seconds=self.config.seconds
+        )
+
     def _report(self) -> Report:
         found = self._prepare()
         report = Report(f"quantise {self._program.name}")
@@ -235,9 +276,7 @@ class AutoQuantizer:
 
     def _choose(self, found: _Prepared, goal: Goal) -> Verdict:
         """Solve, build, judge; repair where adding up went wrong; the best format for all if that wins."""
-        judge = Judge(
-            found.shop, self.config.engine, self._timed, self._held_out, found.task, goal, seconds=self.config.seconds
-        )
+        judge = self._judge(found, goal)
         fallback = found.best_uniform(goal)
         tried: list[Verdict] = []
         for candidate in self._candidates(found, goal):

@@ -11,7 +11,7 @@ from ..core import Budget, ConfigError, Float32, LayerFormat
 from ._latency import LatencyTable, Neighbours
 from ._layers import Layer
 from ._sensitivity import Pair
-from ._solver import Edge, Problem, Solution, curve, solve
+from ._solver import MEASURES, Edge, Problem, Solution, curve, solve
 from ._workshop import Choice, Workshop
 
 #: Names of the objectives, as users give them.
@@ -65,6 +65,23 @@ def _objective(limits: Mapping[str, float], drop: float | None) -> str:
     if "ms" not in limits:
         return "latency"
     return "loss" if "bytes" in limits else "size"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What a search knows before it chooses.
+
+    Attributes:
+        layers: name of a layer -> format -> its "loss", "ms" and "bytes".
+        shapes: of the layers' weights, [out, in / groups, ...].
+        fixed: by the same names what is there whatever is chosen.
+        switches: (first layer, second layer) -> (format, format) -> milliseconds that neighbours pay to differ.
+    """
+
+    layers: dict[str, dict[LayerFormat, dict[str, float]]]
+    shapes: dict[str, tuple[int, ...]]
+    fixed: dict[str, float]
+    switches: dict[tuple[str, str], dict[tuple[LayerFormat, LayerFormat], float]]
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,24 @@ class Search:
     def _edge(self, pair: Neighbours) -> np.ndarray:
         first, second = (self.options[self._shop.layer(name)] for name in (pair.first, pair.second))
         return np.array([[pair.ms(a, b) for b in second] for a in first])
+
+    def costs(self) -> Costs:
+        """Everything that is solved for, by name."""
+        problem, rows = self.problem, list(enumerate(self.options.items()))
+        layers = {
+            layer.name: {
+                fmt: {m: float(getattr(problem, m)[row][column]) for m in MEASURES}
+                for column, fmt in enumerate(formats)
+            }
+            for row, (layer, formats) in rows
+        }
+        switches = {}
+        for edge in problem.edges:
+            (one, first), (other, second) = rows[edge.first][1], rows[edge.second][1]
+            pairs = {(a, b): float(edge.ms[i][j]) for i, a in enumerate(first) for j, b in enumerate(second)}
+            switches[one.name, other.name] = pairs
+        shapes = {layer.name: tuple(layer.weight.shape) for layer in self.options}
+        return Costs(layers=layers, shapes=shapes, fixed=dict(problem.fixed), switches=switches)
 
     def _candidate(self, solution: Solution, title: str) -> Candidate:
         named = {la.name: self.options[la][c] for la, c in zip(self._free, solution.choice)}

@@ -7,7 +7,7 @@ cost on neighbours, linearised by one continuous variable for each pair of optio
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -30,6 +30,16 @@ class Edge:
     ms: np.ndarray
 
 
+@dataclass(frozen=True)
+class Tie:
+    """Two layers that have to agree: the options they take have equal labels."""
+
+    first: int
+    second: int
+    first_labels: Sequence[Hashable]
+    second_labels: Sequence[Hashable]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """Layers with options; everything adds up.
@@ -37,6 +47,7 @@ class Problem:
     Attributes:
         loss, ms, bytes: for each layer the cost of each of its options.
         edges: costs of neighbours in ms, not negative.
+        ties: layers that have to agree.
         fixed: what is there whatever is chosen, by measure.
     """
 
@@ -44,6 +55,7 @@ class Problem:
     ms: Sequence[Sequence[float]]
     bytes: Sequence[Sequence[float]]
     edges: Sequence[Edge] = ()
+    ties: Sequence[Tie] = ()
     fixed: dict[str, float] = field(default_factory=dict)
 
     def costs(self, choice: Sequence[int]) -> dict[str, float]:
@@ -90,7 +102,7 @@ def solve(problem: Problem, limits: dict[str, float], *, minimise: str, seconds:
     """
     begin = time.perf_counter()
     columns = _Columns(problem)
-    constraints = [columns.one_each(), *columns.edge_rows()]
+    constraints = [columns.one_each(), *columns.edge_rows(), *columns.tie_rows()]
     for measure, limit in limits.items():
         row = columns.costs[measure]
         # In units of the limit, so that the solver's tolerance means the same for all measures.
@@ -201,9 +213,28 @@ class _Columns:
                     columns += [*group.tolist(), int(self._starts[layer] + option)]
                     values += [1.0] * len(group) + [-1.0]
                     row += 1
-        if not row:
+        return self._all_zero(rows, columns, values)
+
+    def tie_rows(self) -> list[LinearConstraint]:
+        """What two layers take of each label is the same."""
+        rows: list[int] = []
+        columns: list[int] = []
+        values: list[float] = []
+        row = 0
+        for tie in self._problem.ties:
+            for label in dict.fromkeys([*tie.first_labels, *tie.second_labels]):
+                for layer, labels, sign in ((tie.first, tie.first_labels, 1.0), (tie.second, tie.second_labels, -1.0)):
+                    mine = [int(self._starts[layer]) + i for i, other in enumerate(labels) if other == label]
+                    rows += [row] * len(mine)
+                    columns += mine
+                    values += [sign] * len(mine)
+                row += 1
+        return self._all_zero(rows, columns, values)
+
+    def _all_zero(self, rows: list[int], columns: list[int], values: list[float]) -> list[LinearConstraint]:
+        if not rows:
             return []
-        matrix = coo_array((values, (rows, columns)), (row, len(self.integrality)))
+        matrix = coo_array((values, (rows, columns)), (rows[-1] + 1, len(self.integrality)))
         return [LinearConstraint(matrix.tocsr(), 0, 0)]
 
     def choice(self, x: np.ndarray) -> tuple[int, ...]:

@@ -21,6 +21,8 @@ from ._task import Outputs, Task
 from ._workshop import Workshop
 
 MIXED, UNIFORM, FLOAT = "mixed", "uniform", "float"
+#: A program, opened by its engine, and the bytes that the engine keeps of it.
+_Ready = tuple[Program, Runner, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,21 @@ class Measured:
     def costs(self) -> dict[str, float]:
         """By measure of the solver."""
         return {"ms": self.latency.median_ms, "bytes": self.weights_bytes, "loss": float(self.losses.mean())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Programs beside each other.
+
+    Attributes:
+        measured: by name.
+        failures: by name, the limits that it broke.
+        best: the name of the best that broke none; empty if all did.
+    """
+
+    measured: Mapping[str, Measured]
+    failures: Mapping[str, list[str]]
+    best: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +126,7 @@ class Judge:
         self._timed = timed
         self._held_out = held_out
         self._floats = [shop.trial.run({}, leaves) for leaves, _ in held_out]
-        self._kept: dict[str, tuple[Program, Runner, int]] = {}
+        self._kept: dict[str, _Ready] = {}
 
     @torch.no_grad()
     def compare(self, candidate: Candidate, uniform: Candidate | None) -> Verdict:
@@ -118,15 +135,7 @@ class Judge:
         if uniform is not None:
             rivals[UNIFORM] = uniform
         ready = {name: self._compiled(rival, keep=name != MIXED) for name, rival in rivals.items()}
-        times = paired_latency(
-            {n: self._call(runner) for n, (_, runner, _) in ready.items()}, rounds=40, max_seconds=self._seconds
-        )
-        measured = {
-            name: Measured(
-                latency=times[name], weights_bytes=program.parameters_bytes, file_bytes=size, **self._answers(runner)
-            )
-            for name, (program, runner, size) in ready.items()
-        }
+        measured = self._measured(ready)
         return Verdict(
             candidate=candidate, program=ready[MIXED][0], uniform=uniform,
             uniform_program=ready[UNIFORM][0] if uniform is not None else None, measured=measured,
@@ -135,26 +144,50 @@ class Judge:
             uniform_wins=uniform is not None and self._surely_better(measured[UNIFORM], measured[MIXED]),
         )  # fmt: skip
 
+    @torch.no_grad()
+    def best_of(self, programs: Mapping[str, Program]) -> Comparison:
+        """Run and time programs beside each other, wherever they came from."""
+        measured = self._measured({name: self._opened(program) for name, program in programs.items()})
+        failures = {name: self._failures(found) for name, found in measured.items()}
+        best = ""
+        for name, found in measured.items():
+            if not failures[name] and (not best or self._surely_better(found, measured[best])):
+                best = name
+        return Comparison(measured=measured, failures=failures, best=best)
+
+    def _measured(self, ready: Mapping[str, _Ready]) -> dict[str, Measured]:
+        times = paired_latency(
+            {n: self._call(runner) for n, (_, runner, _) in ready.items()}, rounds=40, max_seconds=self._seconds
+        )
+        return {
+            name: Measured(
+                latency=times[name], weights_bytes=program.parameters_bytes, file_bytes=size, **self._answers(runner)
+            )
+            for name, (program, runner, size) in ready.items()
+        }
+
     def _float(self, candidate: Candidate) -> Candidate:
         return Candidate(dict.fromkeys(candidate.choice, Float32()), {}, "all in float32")
 
     def _call(self, runner: Runner) -> Any:
         return lambda: runner(self._timed)
 
-    def _compiled(self, candidate: Candidate, *, keep: bool) -> tuple[Program, Runner, int]:
+    def _compiled(self, candidate: Candidate, *, keep: bool) -> _Ready:
         key = repr(sorted((name, str(fmt)) for name, fmt in candidate.choice.items()))
         if key in self._kept:
             return self._kept[key]
-        program = self._shop.build(candidate.choice)
+        made = self._opened(self._shop.build(candidate.choice))
+        if keep:
+            self._kept[key] = made
+        return made
+
+    def _opened(self, program: Program) -> _Ready:
         with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as scratch:
             folder = Path(scratch)
             engine = engine_for(self._engine, program)
             engine.build(program, folder, program.precision)
             size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-            made = (program, engine.open(folder, lambda: program), size)
-        if keep:
-            self._kept[key] = made
-        return made
+            return program, engine.open(folder, lambda: program), size
 
     def _answers(self, runner: Runner) -> dict[str, np.ndarray]:
         losses: list[torch.Tensor] = []
