@@ -69,10 +69,10 @@ def batches(net: Net) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times that no neighbour disturbs."""
 
-    def table(shop, engine, formats, fixed, leaves, *, seconds):
+    def table(shop, compiler, formats, fixed, leaves, *, seconds):
         free = [layer for layer in shop.layers if layer.name not in fixed]
         rows = {la.name: {str(f): MS[str(f)] for f in (Float32(), *formats) if not la.misfit(f)} for la in free}
-        found = LatencyTable(engine=engine, base_ms=1.0, layers=rows, how="given")
+        found = LatencyTable(engine=compiler.engine, base_ms=1.0, layers=rows, how="given")
         for f in (Float32(), *formats):
             found.uniform[str(f)] = found.predict(shop.uniform(f, fixed))
         return found

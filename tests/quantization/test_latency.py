@@ -9,6 +9,7 @@ from torch import nn
 from deepseek_r1.core import Float32, Int4Weight, Int8Dynamic, Int8Static, Int8Weight
 from deepseek_r1.graph import capture
 from deepseek_r1.quantization import PTQConfig
+from deepseek_r1.quantization._compiled import Compiler
 from deepseek_r1.quantization._latency import FLOAT, LatencyTable, Neighbours, _fitted, _with_conversions, measure_table
 from deepseek_r1.quantization._workshop import Workshop
 
@@ -59,7 +60,7 @@ def convolutions() -> tuple[Workshop, torch.Tensor]:
 @pytest.mark.parametrize("model", ["attention", "convolutions"])
 def test_every_layer_finds_its_operators(model: str, request: pytest.FixtureRequest) -> None:
     shop, x = request.getfixturevalue(model)
-    table = measure_table(shop, "onnxruntime", FORMATS, {}, [x], seconds=1)
+    table = measure_table(shop, Compiler(shop, "onnxruntime"), FORMATS, {}, [x], seconds=1)
     assert "engine's profile" in table.how
     assert not table.refused
     assert table.base_ms > 0
@@ -73,7 +74,7 @@ def test_every_layer_finds_its_operators(model: str, request: pytest.FixtureRequ
 
 def test_neighbours_are_found_behind_functions_and_additions(convolutions: tuple[Workshop, torch.Tensor]) -> None:
     shop, x = convolutions
-    table = measure_table(shop, "onnxruntime", [Int8Static()], {}, [x], seconds=0.5)
+    table = measure_table(shop, Compiler(shop, "onnxruntime"), [Int8Static()], {}, [x], seconds=0.5)
     assert {(n.first, n.second) for n in table.neighbours} == {("first", "second"), ("second", "third")}
     mixed = {**shop.uniform(Int8Static(), {}), "second": Float32()}
     pays = [n.ms(mixed[n.first], mixed[n.second]) for n in table.neighbours]
@@ -82,7 +83,9 @@ def test_neighbours_are_found_behind_functions_and_additions(convolutions: tuple
 
 def test_a_fixed_layer_is_not_asked_about(attention: tuple[Workshop, torch.Tensor]) -> None:
     shop, x = attention
-    table = measure_table(shop, "onnxruntime", [Int8Dynamic()], {"down": Int8Static()}, [x], seconds=0.5)
+    table = measure_table(
+        shop, Compiler(shop, "onnxruntime"), [Int8Dynamic()], {"down": Int8Static()}, [x], seconds=0.5
+    )
     assert "down" not in table.layers
     assert set(table.layers) == {layer.name for layer in shop.layers} - {"down"}
     assert table.predict(shop.uniform(Int8Dynamic(), {"down": Int8Static()})) > table.base_ms
@@ -90,7 +93,7 @@ def test_a_fixed_layer_is_not_asked_about(attention: tuple[Workshop, torch.Tenso
 
 def test_an_engine_without_a_profile_is_shared_out_by_operators(attention: tuple[Workshop, torch.Tensor]) -> None:
     shop, x = attention
-    table = measure_table(shop, "eager", [Int8Weight()], {}, [x], seconds=0.5)
+    table = measure_table(shop, Compiler(shop, "eager"), [Int8Weight()], {}, [x], seconds=0.5)
     assert "PyTorch's operators" in table.how
     # Milliseconds, though only shares are known.
     shares = [row[FLOAT] for row in table.layers.values()]
@@ -111,7 +114,7 @@ def test_what_an_engine_cannot_compile_is_refused_with_the_reason(
 
     monkeypatch.setattr(EagerEngine, "build", fails)
     shop, x = attention
-    table = measure_table(shop, "eager", [Int8Weight()], {}, [x], seconds=0.2)
+    table = measure_table(shop, Compiler(shop, "eager"), [Int8Weight()], {}, [x], seconds=0.2)
     assert table.refused == {"int8-weight": "ValueError: no such kernel"}
     assert set(table.uniform) == {FLOAT}
 

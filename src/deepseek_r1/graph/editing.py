@@ -27,9 +27,20 @@ def rewrite(program: Program, change: Callable[[GraphModule], Any], **fields: An
             itself comes back.
         fields: other fields of the new Program (precision, parent, report).
     """
-    module: GraphModule = program.exported.module(check_guards=False)  # type: ignore[assignment]
+    module = graph_of(program)
     if change(module) == 0:
         return program
+    return adopt(program, module, **fields)
+
+
+def graph_of(program: Program) -> GraphModule:
+    """A fresh copy of the program's graph to edit or run, on the program's own weights."""
+    module: GraphModule = program.exported.module(check_guards=False)  # type: ignore[assignment]
+    return module
+
+
+def adopt(program: Program, module: GraphModule, **fields: Any) -> Program:
+    """A new Program with a graph that started as `graph_of` this one and was edited."""
     module.graph.eliminate_dead_code()
     module.graph.lint()
     _drop_unused(module)

@@ -18,6 +18,7 @@ from ..engines import ENGINES, default_root
 from ..graph import Program, as_inputs, capture
 from ._auto_config import AutoConfig
 from ._auto_report import describe, describe_failure
+from ._compiled import Compiler
 from ._latency import LatencyTable, measure_table
 from ._ptq import check_inputs, told
 from ._scores import Findings, fingerprint
@@ -197,7 +198,7 @@ class AutoQuantizer:
 
     def _judge(self, found: _Prepared, goal: Goal) -> Judge:
         return Judge(
-            found.shop, self.config.engine, self._timed, self._held_out, found.task, goal, seconds=self.config.seconds
+            found.shop, found.compiler, self._timed, self._held_out, found.task, goal, seconds=self.config.seconds
         )
 
     def _report(self) -> Report:
@@ -230,11 +231,12 @@ class AutoQuantizer:
         findings = Findings(
             folder, fingerprint(about, [self._timed, *((*leaves, label) for leaves, label in self._calibration)])
         )
+        compiler = Compiler(shop, config.engine)
         table = LatencyTable.from_dict(
             findings.get(
                 "table",
                 lambda: measure_table(
-                    shop, config.engine, config.formats, fixed, self._timed, seconds=config.seconds
+                    shop, compiler, config.formats, fixed, self._timed, seconds=config.seconds
                 ).to_dict(),
             )
         )
@@ -247,7 +249,7 @@ class AutoQuantizer:
         uniform = search.uniform(config.formats)
         if findings.reused:
             self._notes.append(f"{findings.reused} values were found by an earlier search: {findings.path}")
-        return _Prepared(shop, sensitivity, table, scores, search, uniform, [y for _, y in self._calibration])
+        return _Prepared(shop, compiler, sensitivity, table, scores, search, uniform, [y for _, y in self._calibration])
 
     def _scores(
         self, shop: Workshop, sensitivity: Sensitivity, table: LatencyTable, findings: Findings
@@ -322,6 +324,7 @@ class _Prepared:
     """Everything that does not hang on the budget."""
 
     shop: Workshop
+    compiler: Compiler
     sensitivity: Sensitivity
     table: LatencyTable
     scores: dict[Pair, float]

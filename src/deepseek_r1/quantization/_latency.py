@@ -10,11 +10,9 @@ arXiv 2505.13060, 2025.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +20,9 @@ import torch
 from torch.fx import Interpreter, Node
 
 from ..core import Float32, Int8Static, LayerFormat, progress
-from ..engines import ENGINES, Engine, OperatorTime, Runner
-from ..graph import Program
+from ..engines import OperatorTime, Runner
 from ..measure import paired_latency
+from ._compiled import Compiler, Form
 from ._layers import Layer
 from ._observe import watch
 from ._static import output_of
@@ -45,7 +43,8 @@ _FOR_THE_NEXT = ("QuantizeLinear", "DynamicQuantizeLinear")
 _FOR_THE_LAST = ("DequantizeLinear",)
 #: Milliseconds of a conversion where none was seen: once, and for each number.
 _CONVERSION = (4e-3, 3e-7)
-_PROFILED_RUNS = 25
+#: How often a profiled model runs at least, and at most.
+_PROFILED_RUNS = (10, 25)
 _ALTERNATING = "alternating"
 #: By which factor a total may correct the profile of its layers.
 _MOST = 2.0
@@ -110,12 +109,13 @@ class LatencyTable:
 
 
 def measure_table(
-    shop: Workshop, engine_name: str, formats: Iterable[LayerFormat], fixed: Choice, leaves: Sequence[Any],
+    shop: Workshop, compiler: Compiler, formats: Iterable[LayerFormat], fixed: Choice, leaves: Sequence[Any],
     *, seconds: float = 20.0,
 ) -> LatencyTable:  # fmt: skip
     """Measure a table on this machine.
 
     Args:
+        compiler: keeps the forms that are timed, those with one format for all layers.
         formats: those that are asked about; float32 always is.
         fixed: layers whose format is not asked about.
         leaves: flat inputs of the call that is timed.
@@ -129,28 +129,23 @@ def measure_table(
     if str(Int8Static()) in choices:
         choices[_ALTERNATING] = _alternating(choices[FLOAT], choices[str(Int8Static())])
     refused: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as scratch:
-        folders: dict[str, Path] = {}
-        programs: dict[str, Program] = {}
-        engines: dict[str, Engine] = {}
-        for number, name in enumerate(progress.track(list(choices), f"compiling for {engine_name}", len(choices))):
-            programs[name] = shop.build(choices[name])
-            folders[name] = Path(scratch) / str(number)
-            folders[name].mkdir()
-            engines[name] = engine_for(engine_name, programs[name])
-            if reason := _build(engines[name], programs[name], folders[name]):
-                refused[name] = reason
-                del folders[name], programs[name]
-        if FLOAT not in folders:
-            return LatencyTable(engine=engine_name, base_ms=0.0, layers={}, refused=refused)
-        profiles = _profiles(engines, folders, leaves)
-        totals = _totals({n: engines[n].open(folders[n], _given(programs[n])) for n in folders}, leaves, seconds)
+    forms: dict[str, Form] = {}
+    for name in progress.track(list(choices), f"compiling for {compiler.engine}", len(choices)):
+        form = compiler.choice(choices[name], keep=name != _ALTERNATING)
+        if form.refused:
+            refused[name] = form.refused
+        else:
+            forms[name] = form
+    if FLOAT not in forms:
+        return LatencyTable(engine=compiler.engine, base_ms=0.0, layers={}, refused=refused)
+    profiles = _profiles(forms, leaves, seconds)
+    totals = _totals({name: form.open() for name, form in forms.items()}, leaves, seconds)
     sizes, mixed, mixed_ms = _sizes(shop, leaves), profiles.pop(_ALTERNATING, []), totals.pop(_ALTERNATING, None)
     refused.pop(_ALTERNATING, None)
     shares = _Shares(shop, leaves, fixed)
     base, layers = shares.split(profiles, totals, {name: choices[name] for name in totals})
     table = LatencyTable(
-        engine=engine_name, base_ms=base, layers=layers, uniform=totals, how=shares.how, refused=refused,
+        engine=compiler.engine, base_ms=base, layers=layers, uniform=totals, how=shares.how, refused=refused,
         neighbours=_neighbours(shop, sizes, mixed),
     )  # fmt: skip
     table = _fitted(table, choices)
@@ -172,39 +167,17 @@ def _with_conversions(table: LatencyTable, choice: Choice, total_ms: float) -> L
     return replace(table, neighbours=scaled)
 
 
-def engine_for(name: str, program: Program) -> Engine:
-    """The engine that runs a program under an engine's name: PyTorch, for a float one that it leaves to others."""
-    engine: Engine = ENGINES.get(name)()
-    if program.precision == "fp32" and not engine.unavailable() and engine.unsupported(program):
-        other: Engine = ENGINES.get("eager")()
-        return other
-    return engine
-
-
-def _given(program: Program) -> Any:
-    return lambda: program
-
-
-def _build(engine: Engine, program: Program, folder: Path) -> str:
-    if reason := engine.unsupported(program):
-        return reason
-    try:
-        engine.build(program, folder, program.precision)
-    except Exception as e:  # an engine may raise anything
-        return f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
-    return ""
-
-
-def _profiles(
-    engines: Mapping[str, Engine], folders: Mapping[str, Path], leaves: Sequence[Any]
-) -> dict[str, list[OperatorTime]]:
-    opened = {name: engines[name].profile(folder) for name, folder in folders.items()}
+def _profiles(forms: Mapping[str, Form], leaves: Sequence[Any], seconds: float) -> dict[str, list[OperatorTime]]:
+    opened = {name: form.profile() for name, form in forms.items()}
     running = {name: profile for name, profile in opened.items() if profile is not None}
+    begin = time.perf_counter()
     with torch.no_grad():
         # In turns, so that what disturbs one disturbs all.
-        for _ in range(_PROFILED_RUNS if running else 0):
+        for number in range(_PROFILED_RUNS[1] if running else 0):
             for profile in running.values():
                 profile(leaves)
+            if number >= _PROFILED_RUNS[0] and time.perf_counter() - begin > seconds:
+                break
     return {name: profile.finish() for name, profile in running.items()}
 
 

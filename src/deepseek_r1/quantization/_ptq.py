@@ -36,16 +36,17 @@ from ..core import (
 )
 from ..data import unpack_batch
 from ..graph import PASSES, Program, rewrite, simplify
-from ..graph.editing import own_weights
+from ..graph.editing import graph_of, own_weights
 from ._embeddings import store_tables, tied_layers
 from ._groups import METHODS
 from ._insert import apply_formats
 from ._layers import Layer, find_layers
-from ._observe import Ranges
+from ._observe import Ranges, affine
 from ._rewrites import BETTER, OPTIONS, rewritten
 from ._rounding import Moments, observe_moments
 from ._static import range_of, static_plan
-from ._weights import stored_weight
+from ._trial import Trial
+from ._weights import StoredWeight, stored_weight
 
 #: Samples on which ways to quantise are compared, or a batch more.
 _COMPARED = 32
@@ -184,22 +185,53 @@ def improved(
         options["scaling"] = "off"
 
     few, others = _parted(batches)
+    floats = Trial(graph_of(parent), _no_weights, {})
+    wanted = [floats.run({}, leaves) for leaves in others]
 
-    def quality(base: Program, config: PTQConfig) -> float:
-        return _sqnr(parent, _quantised(base, few, config), others)
+    def same(module: GraphModule) -> float:
+        answers = Trial(module, _no_weights, {})
+        return _decibels((answers.run({}, leaves), exact) for leaves, exact in zip(others, wanted))
+
+    def quality(module: GraphModule, config: PTQConfig) -> float:
+        trial, formats = _cheap_trial(module, few, config, parent.name)
+        return _decibels((trial.run(formats, leaves), exact) for leaves, exact in zip(others, wanted))
 
     base, known = rewritten(
-        parent, few, others, options, lambda m: _formats(m, config, Report(""), parent.name),
-        lambda base: _quantised(base, few, quick), _sqnr, report,
+        parent, few, options, lambda m: _formats(m, config, Report(""), parent.name), same,
+        lambda module: quality(module, quick), report,
     )  # fmt: skip
     clip = quick.activation_clip
     static = any(fmt.activation == "static" for fmt in formats.values())
     if config.activation_clip == "auto" and batches and linear and static:
-        found = {"mse": known if known > -math.inf else quality(base, quick)}
-        found["minmax"] = quality(base, replace(quick, activation_clip="minmax"))
+        found = {"mse": known if known > -math.inf else quality(graph_of(base), quick)}
+        found["minmax"] = quality(graph_of(base), replace(quick, activation_clip="minmax"))
         clip = "minmax" if found["minmax"] > found["mse"] - 10 * math.log10(BETTER) else "mse"
         report.note(f"ranges of activations by {clip}: " + ", ".join(f"{n} {db:.1f} dB" for n, db in found.items()))
     return base, replace(config, activation_clip=clip)
+
+
+def _no_weights(layer: Layer, fmt: LayerFormat) -> StoredWeight:
+    raise AssertionError("a trial in float asks for no weights")
+
+
+def _cheap_trial(
+    module: GraphModule, batches: list[tuple[Any, ...]], config: PTQConfig, name: str
+) -> tuple[Trial, dict[Layer, LayerFormat]]:
+    """The graph in its formats without rewriting it, weights rounded to the nearest, and those formats."""
+    formats = _formats(module, config, Report(""), name)
+    additions = config.format.activation == "static"
+    values = static_plan(module, formats, additions=additions).values
+    ranges = Ranges(module, dict.fromkeys(range_of(value) for value in values))
+    if values:
+        ranges.observe(batches, histogram=config.activation_clip == "mse")
+    found = {node: ranges.limits(node, INT8_ACTIVATION, config.activation_clip) for node in ranges.nodes}
+    limits = {value: affine(*found[range_of(value)], INT8_ACTIVATION) for value in values}
+    weights = {
+        layer: stored_weight(layer.weight, fmt, None, clip=config.weight_clip, group_clip=config.group_clip)
+        for layer, fmt in formats.items()
+        if not isinstance(fmt, Float32)
+    }
+    return Trial(module, lambda layer, fmt: weights[layer], limits, additions), formats
 
 
 def _parted(batches: list[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
@@ -332,14 +364,22 @@ def _rows(inputs: tuple[Any, ...]) -> int:
 
 
 def _sqnr(parent: Program, result: Program, batches: list[tuple[Any, ...]]) -> float:
-    signal = noise = 0.0
-    _, tree = pytree.tree_flatten(parent.example_inputs)
-    for leaves in batches:
-        args, kwargs = pytree.tree_unflatten(list(leaves), tree)
+    tree = pytree.tree_structure(parent.example_inputs)
+
+    def answers(program: Program, leaves: tuple[Any, ...]) -> list[Any]:
+        args, kwargs = pytree.tree_unflatten(leaves, tree)
         with torch.no_grad():
-            pairs = zip(pytree.tree_leaves(parent(*args, **kwargs)), pytree.tree_leaves(result(*args, **kwargs)))
-            for a, b in pairs:
-                if isinstance(a, torch.Tensor) and a.is_floating_point():
-                    signal += float((a.double() ** 2).sum())
-                    noise += float(((a.double() - b.double()) ** 2).sum())
+            return pytree.tree_leaves(program(*args, **kwargs))
+
+    return _decibels((answers(result, leaves), answers(parent, leaves)) for leaves in batches)
+
+
+def _decibels(pairs: Iterable[tuple[list[Any], list[Any]]]) -> float:
+    """Signal-to-noise ratio of answers against exact ones, over all their float tensors."""
+    signal = noise = 0.0
+    for found, exact in pairs:
+        for a, b in zip(found, exact):
+            if isinstance(b, torch.Tensor) and b.is_floating_point():
+                signal += float((b.double() ** 2).sum())
+                noise += float(((a.double() - b.double()) ** 2).sum())
     return 10 * float(torch.log10(torch.tensor(signal / noise))) if noise else float("inf")

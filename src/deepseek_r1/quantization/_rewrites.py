@@ -9,7 +9,8 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ..core import LayerFormat, Report
-from ..graph import Program, rewrite
+from ..graph import Program
+from ..graph.editing import adopt, graph_of
 from . import _equalise, _scaling
 from ._layers import Layer
 
@@ -25,14 +26,13 @@ BETTER = 0.75
 _SAME_DB = 60.0
 
 Batches = list[tuple[Any, ...]]
-Quantise = Callable[[Program], Program]
 Formats = Callable[[GraphModule], Mapping[Layer, LayerFormat]]
-Compare = Callable[[Program, Program, Batches], float]
+Quality = Callable[[GraphModule], float]
 
 
 def rewritten(
-    parent: Program, batches: Batches, others: Batches, options: Mapping[str, str], formats: Formats,
-    quantise: Quantise, sqnr: Compare, report: Report,
+    parent: Program, batches: Batches, options: Mapping[str, str], formats: Formats, same: Quality, quality: Quality,
+    report: Report,
 ) -> tuple[Program, float]:  # fmt: skip
     """The float program, or a rewrite of it that gives the same answers and is better quantised; and how well (dB).
 
@@ -40,11 +40,10 @@ def rewritten(
 
     Args:
         batches: flat inputs that tell how to rewrite.
-        others: those that the answers are compared on.
         options: one of each of `OPTIONS`. What is named is done; "auto" does what makes the quantised answers better.
         formats: of the layers in a graph.
-        quantise: post-training quantisation, as cheap as it may be: rewrites are compared by it.
-        sqnr: signal-to-noise ratio (dB) of a program's answers against another's.
+        same: signal-to-noise ratio (dB) of a graph's float answers against the program's.
+        quality: that of its quantised answers, on data that it was not fitted to.
         report: takes what was done.
     """
     base, best = parent, -math.inf
@@ -53,42 +52,35 @@ def rewritten(
         if wanted == "off":
             continue
         if wanted == "auto" and best == -math.inf:
-            best = sqnr(parent, quantise(base), others)
-        start, kept = base, None
+            best = quality(graph_of(base))
+        kept = None
         # Methods of one option are rivals: each has to be worth it beside none, and the best of them is taken.
         without = best
         for method in methods[1:-1] if wanted == "auto" else (wanted,):
-            tried, done = _tried(start, batches, name, method, formats)
+            tried = graph_of(base)
+            done = _change(tried, batches, name, method, formats)
             if not done:
                 report.skip(f"{name}, {method}", "nothing in the program allows it or gains by it")
                 continue
             if wanted == "auto":
-                same = sqnr(parent, tried, others)
-                found = sqnr(parent, quantise(tried), others)
+                alike, found = same(tried), quality(tried)
                 what = f"{found:.1f} dB on calibration data, {without:.1f} without"
-                if same < _SAME_DB or found <= max(best, without - 10 * math.log10(BETTER)):
-                    report.skip(f"{name}, {method}", f"{what}; float answers are the same to {same:.0f} dB")
+                if alike < _SAME_DB or found <= max(best, without - 10 * math.log10(BETTER)):
+                    report.skip(f"{name}, {method}", f"{what}; float answers are the same to {alike:.0f} dB")
                     continue
                 report.note(f"{name} by {method}: {what}")
                 best = found
             else:
                 best = -math.inf
-            base, kept = tried, (method, done)
-        for names, how in kept[1] if kept else ():
-            report.add(f"{name} of {names}", kept[0] if kept else "", how=how)
+            kept = tried, method, done
+        if kept:
+            base = adopt(base, kept[0])
+            for names, how in kept[2]:
+                report.add(f"{name} of {names}", kept[1], how=how)
     return base, best
 
 
-def _tried(
-    start: Program, batches: Batches, name: str, method: str, formats: Formats
-) -> tuple[Program, list[tuple[str, str]]]:
-    done: list[tuple[str, str]] = []
-
-    def change(module: GraphModule) -> int:
-        if name == "equalisation":
-            done.extend(_equalise.equalise(module, batches, method))
-        else:
-            done.extend(_scaling.fold_scales(module, formats(module), batches, method))
-        return len(done)
-
-    return rewrite(start, change), done
+def _change(module: GraphModule, batches: Batches, name: str, method: str, formats: Formats) -> list[tuple[str, str]]:
+    if name == "equalisation":
+        return _equalise.equalise(module, batches, method)
+    return _scaling.fold_scales(module, formats(module), batches, method)

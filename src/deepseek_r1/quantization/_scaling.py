@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..core import INT8_ACTIVATION, INT8_WEIGHT, Int4Format, LayerFormat
-from ..graph.editing import add_constant, argument, constant_of
+from ..graph.editing import add_call, add_constant, argument, constant_of
 from ._groups import quantize_groups
 from ._layers import Layer
 from ._observe import affine, not_finite, quantize_weight, watch
@@ -44,17 +44,26 @@ class _Value:
     node: Node
     layers: dict[Layer, LayerFormat]
     rows: list[Tensor] = field(default_factory=list)
-    low: Tensor | None = None
-    high: Tensor | None = None
-    mean: Tensor | None = None
+    ends: tuple[Tensor, Tensor] | None = None
+    total: Tensor | float = 0.0
     seen: int = 0
 
     @property
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest number of each channel."""
+        assert self.ends is not None, "asked once something was seen"
+        return self.ends
+
+    @property
     def largest(self) -> Tensor:
-        """Of each channel."""
-        assert self.low is not None, "asked once something was seen"
-        assert self.high is not None, "the same"
-        return torch.maximum(self.low.abs(), self.high.abs())
+        """Absolute number of each channel."""
+        low, high = self.range
+        return torch.maximum(low.abs(), high.abs())
+
+    @property
+    def mean(self) -> Tensor:
+        """Absolute number of each channel, in the mean."""
+        return torch.as_tensor(self.total) / self.seen
 
     def see(self, value: Tensor, wanted: int) -> None:
         """Remember a batch, and as many of its rows as are wanted, drawn at random but always alike."""
@@ -63,10 +72,11 @@ class _Value:
             raise not_finite(self.node)
         if not len(flat):
             return
-        low, high, total = flat.amin(0), flat.amax(0), flat.abs().sum(0)
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
-        self.mean = total if self.mean is None else self.mean + total
+        low, high = flat.amin(0), flat.amax(0)
+        self.ends = (
+            (low, high) if self.ends is None else (torch.minimum(self.ends[0], low), torch.maximum(self.ends[1], high))
+        )
+        self.total = self.total + flat.abs().sum(0)
         self.seen += len(flat)
         draw = torch.Generator().manual_seed(len(self.rows))
         self.rows.append(flat[torch.randperm(len(flat), generator=draw)[:wanted].to(flat.device)])
@@ -129,7 +139,6 @@ def _activation(value: _Value) -> str:
 
 def _search(value: _Value, method: str) -> tuple[Tensor | None, float]:
     """The scales of channels with the smallest error of the layers' outputs, and the share of the error they leave."""
-    assert value.mean is not None
     rows = torch.cat(value.rows)
     kept = _error(value, rows, None)
     if kept == 0:
@@ -140,7 +149,7 @@ def _search(value: _Value, method: str) -> tuple[Tensor | None, float]:
     for exponent in exponents:
         candidates = [_scale(value.largest, exponent) / _scale(weights, 1 - exponent)]
         if method == "awq":
-            candidates.append(_scale(value.mean / value.seen, exponent))
+            candidates.append(_scale(value.mean, exponent))
         for raw in candidates:
             scale = (raw / (raw.max() * raw.min()).sqrt()).clamp(1e-3, 1e3)
             error = _error(value, rows, scale)
@@ -156,10 +165,8 @@ def _scale(size: Tensor, exponent: float) -> Tensor:
 def _error(value: _Value, rows: Tensor, scale: Tensor | None) -> float:
     total = 0.0
     scaled = rows if scale is None else rows / scale
-    assert value.low is not None, "asked once something was seen"
-    assert value.high is not None, "the same"
     one = torch.ones(()) if scale is None else scale
-    ends = float((value.low / one).min()), float((value.high / one).max())
+    ends = float((value.range[0] / one).min()), float((value.range[1] / one).max())
     kinds = {kind: _stored_activation(scaled, kind, ends) for kind in {f.activation for f in value.layers.values()}}
     for layer, fmt in value.layers.items():
         weight = layer.weight.detach()
@@ -270,7 +277,6 @@ def _insert_multiplication(module: GraphModule, value: _Value, inverse: Tensor, 
     first = next(n for n in module.graph.nodes if n.op == "call_function")
     constant = add_constant(module, first, inverse.detach(), f"inverse_{number}")
     place = next(n for n in module.graph.nodes if n in readers)
-    with module.graph.inserting_before(place):
-        product = module.graph.call_function(aten.mul.Tensor, (value.node, constant))
+    product = add_call(place, aten.mul.Tensor, (value.node, constant))
     for reader in readers:
         reader.replace_input_with(value.node, product)

@@ -42,11 +42,13 @@ class Trial:
         module: the graph.
         store: gives a layer's weight in a format.
         ranges: of every value that a static layer may read or give.
+        additions: see `static_plan`.
     """
 
     module: GraphModule
     store: Callable[[Layer, LayerFormat], StoredWeight]
     ranges: Mapping[Node, Affine]
+    additions: bool = False
     _plans: dict[Any, StaticPlan] = field(default_factory=dict)
 
     def run(self, formats: Formats, leaves: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -54,7 +56,7 @@ class Trial:
         chosen = {layer: fmt for layer, fmt in formats.items() if not isinstance(fmt, Float32)}
         key = frozenset(layer for layer, fmt in chosen.items() if fmt.activation == "static")
         if key not in self._plans:
-            self._plans = {key: static_plan(self.module, chosen, additions=False)}
+            self._plans = {key: static_plan(self.module, chosen, additions=self.additions)}
         with torch.no_grad():
             outputs = _Mixed(self, chosen, self._plans[key]).run(*leaves)
         return [v for v in pytree.tree_leaves(outputs) if isinstance(v, torch.Tensor)]

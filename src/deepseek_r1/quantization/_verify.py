@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +13,12 @@ from ..core import Float32
 from ..engines import Runner
 from ..graph import Program
 from ..measure import Latency, paired_latency, ratio_interval
-from ._latency import engine_for
+from ._compiled import Compiler, Form
 from ._search import Candidate, Goal
 from ._task import Outputs, Task
 from ._workshop import Workshop
 
 MIXED, UNIFORM, FLOAT = "mixed", "uniform", "float"
-#: A program, opened by its engine, and the bytes that the engine keeps of it.
-_Ready = tuple[Program, Runner, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +114,14 @@ class Judge:
     """
 
     def __init__(
-        self, shop: Workshop, engine: str, timed: Sequence[Any], held_out: Sequence[tuple[tuple[Any, ...], Any]],
+        self, shop: Workshop, compiler: Compiler, timed: Sequence[Any], held_out: Sequence[tuple[tuple[Any, ...], Any]],
         task: Task, goal: Goal, *, seconds: float,
     ) -> None:  # fmt: skip
         self._shop, self._task, self._goal, self._seconds = shop, task, goal, seconds
-        self._engine = engine
+        self._compiler = compiler
         self._timed = timed
         self._held_out = held_out
         self._floats = [shop.trial.run({}, leaves) for leaves, _ in held_out]
-        self._kept: dict[str, _Ready] = {}
 
     @torch.no_grad()
     def compare(self, candidate: Candidate, uniform: Candidate | None) -> Verdict:
@@ -134,11 +129,11 @@ class Judge:
         rivals = {MIXED: candidate, FLOAT: self._float(candidate)}
         if uniform is not None:
             rivals[UNIFORM] = uniform
-        ready = {name: self._compiled(rival, keep=name != MIXED) for name, rival in rivals.items()}
-        measured = self._measured(ready)
+        forms = {name: self._compiler.choice(rival.choice, keep=name != MIXED) for name, rival in rivals.items()}
+        measured = self._measured(forms)
         return Verdict(
-            candidate=candidate, program=ready[MIXED][0], uniform=uniform,
-            uniform_program=ready[UNIFORM][0] if uniform is not None else None, measured=measured,
+            candidate=candidate, program=forms[MIXED].program, uniform=uniform,
+            uniform_program=forms[UNIFORM].program if uniform is not None else None, measured=measured,
             failures=self._failures(measured[MIXED]),
             uniform_failures=self._failures(measured[UNIFORM]) if uniform is not None else [],
             uniform_wins=uniform is not None and self._surely_better(measured[UNIFORM], measured[MIXED]),
@@ -147,7 +142,7 @@ class Judge:
     @torch.no_grad()
     def best_of(self, programs: Mapping[str, Program]) -> Comparison:
         """Run and time programs beside each other, wherever they came from."""
-        measured = self._measured({name: self._opened(program) for name, program in programs.items()})
+        measured = self._measured({name: self._compiler.program(program) for name, program in programs.items()})
         failures = {name: self._failures(found) for name, found in measured.items()}
         best = ""
         for name, found in measured.items():
@@ -155,39 +150,24 @@ class Judge:
                 best = name
         return Comparison(measured=measured, failures=failures, best=best)
 
-    def _measured(self, ready: Mapping[str, _Ready]) -> dict[str, Measured]:
+    def _measured(self, forms: Mapping[str, Form]) -> dict[str, Measured]:
+        runners = {name: form.open() for name, form in forms.items()}
         times = paired_latency(
-            {n: self._call(runner) for n, (_, runner, _) in ready.items()}, rounds=40, max_seconds=self._seconds
+            {name: self._call(runner) for name, runner in runners.items()}, rounds=40, max_seconds=self._seconds
         )
         return {
             name: Measured(
-                latency=times[name], weights_bytes=program.parameters_bytes, file_bytes=size, **self._answers(runner)
+                latency=times[name], weights_bytes=form.program.parameters_bytes, file_bytes=form.file_bytes,
+                **self._answers(runners[name]),
             )
-            for name, (program, runner, size) in ready.items()
-        }
+            for name, form in forms.items()
+        }  # fmt: skip
 
     def _float(self, candidate: Candidate) -> Candidate:
         return Candidate(dict.fromkeys(candidate.choice, Float32()), {}, "all in float32")
 
     def _call(self, runner: Runner) -> Any:
         return lambda: runner(self._timed)
-
-    def _compiled(self, candidate: Candidate, *, keep: bool) -> _Ready:
-        key = repr(sorted((name, str(fmt)) for name, fmt in candidate.choice.items()))
-        if key in self._kept:
-            return self._kept[key]
-        made = self._opened(self._shop.build(candidate.choice))
-        if keep:
-            self._kept[key] = made
-        return made
-
-    def _opened(self, program: Program) -> _Ready:
-        with tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True) as scratch:
-            folder = Path(scratch)
-            engine = engine_for(self._engine, program)
-            engine.build(program, folder, program.precision)
-            size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-            return program, engine.open(folder, lambda: program), size
 
     def _answers(self, runner: Runner) -> dict[str, np.ndarray]:
         losses: list[torch.Tensor] = []

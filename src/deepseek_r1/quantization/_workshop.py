@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from ..core import INT8_ACTIVATION, ConfigError, Float32, Int8Static, LayerFormat, Report, progress
 from ..graph import Program, rewrite
+from ..graph.editing import graph_of
 from ._insert import apply_formats
 from ._layers import Layer, find_layers
 from ._observe import Ranges, affine
@@ -43,7 +44,7 @@ class Workshop:
     def __init__(self, program: Program, batches: Sequence[tuple[Any, ...]], config: PTQConfig) -> None:
         self.rewrites = Report("rewrites")
         self.parent, self._config = improved(simplified(program), list(batches), config, self.rewrites)
-        self.module: GraphModule = self.parent.exported.module(check_guards=False)  # type: ignore[assignment]
+        self.module = graph_of(self.parent)
         report, config = Report("layers"), self._config
         self.layers = find_layers(self.module, config.skip, report)
         self.skipped = report.skipped
