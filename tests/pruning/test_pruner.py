@@ -346,3 +346,17 @@ def test_config_fields_are_checked(field):
 def test_epochs_are_checked(quick):
     with pytest.raises(ConfigError, match="epochs"):
         R1Pruner(Sized(), config=quick, example_inputs=torch.randn(2, 6)).compress(epochs=0)
+
+
+def test_numbers_of_units_can_be_given():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 4))
+    curves = R1Pruner(net, config=PruneConfig(channel_step=4)).curves()
+    assert {("0.weight", 0, 1), ("2.weight", 1, 1)} <= set(curves[0].members)
+    small = R1Pruner(net, keep={"0": 17}, config=PruneConfig(channel_step=4, timing_rounds=0)).compress()
+    assert [m.out_features for m in small if isinstance(m, nn.Linear)] == [17, 20, 4]
+    for keep, match in (({"1": 3}, "0: 32, 2: 20"), ({"0": 33}, "0: 32"), ({"0": 0}, ">= 1"), ({}, "at least one")):
+        with pytest.raises((ConfigError, InputError), match=match):
+            R1Pruner(net, keep=keep).compress()
+    with pytest.raises(ConfigError, match="neither sparsity nor budget"):
+        R1Pruner(net, 0.3, keep={"0": 8})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +54,8 @@ class Compiler:
     def __init__(self, shop: Workshop, engine: str) -> None:
         self.engine = engine
         self._shop = shop
-        self._scratch = tempfile.TemporaryDirectory(prefix="deepseek-r1-", ignore_cleanup_errors=True)
+        self._scratch = tempfile.mkdtemp(prefix="deepseek-r1-")
+        weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
         self._forms: dict[str, Form] = {}
 
     def choice(self, choice: Choice, *, keep: bool = True) -> Form:
@@ -67,7 +70,7 @@ class Compiler:
 
     def program(self, program: Program) -> Form:
         """Any program."""
-        folder = Path(tempfile.mkdtemp(dir=self._scratch.name))
+        folder = Path(tempfile.mkdtemp(dir=self._scratch))
         engine = _engine_for(self.engine, program)
         return Form(program, engine, folder, _build(engine, program, folder))
 
