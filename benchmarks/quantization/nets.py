@@ -292,10 +292,10 @@ def judge(name: str, found: Tensor) -> dict[str, Any]:
     one, plain, labels = net(name), float_answers(name), labels_of(net(name).held_out)
     found = found.reshape(plain.shape)
     losses = one.losses(found, labels, plain)
-    apart = divergence(found, labels, plain).mean() if one.losses is cross_entropy else losses.mean()
+    apart = divergence(found, labels, plain) if one.losses is cross_entropy else losses
     return {
-        "metric": one.score(found, labels, plain), "loss": float(losses.mean()), "divergence": float(apart),
-        "losses": losses.tolist(),
+        "metric": one.score(found, labels, plain), "loss": float(losses.mean()), "divergence": float(apart.mean()),
+        "losses": losses.tolist(), "divergences": apart.tolist(),
     }  # fmt: skip
 
 

@@ -168,6 +168,12 @@ def _searched(row: dict[str, Any], verdict: dict[str, Any]) -> str:
                 f"of {len(rivals)} points of {kind}, ours diverges less at no more latency than {loss}, and is faster "
                 f"at no more divergence than {speed}"
             )
+    if given := row.get("returned", {}).values():
+        worse, better = (sum(v[f"surely_{k}"] for v in given) for k in ("worse", "better"))
+        said.append(
+            f"asked for the latency of each of {len(given)} uniform formats, `quantize(budget=...)` diverges surely "
+            f"less {better} times and surely more {worse} times"
+        )
     for measure, what in (("latency", "latency relative to float32"), ("loss", "loss")):
         if measure in verdict:
             quality = verdict[measure]

@@ -28,6 +28,7 @@ from optimize_zoo import about
 from scipy.stats import spearmanr
 
 from deepseek_r1.core import (
+    Budget,
     DeepSeekError,
     Int4Weight,
     Int8Dynamic,
@@ -43,6 +44,7 @@ from deepseek_r1.quantization import AutoConfig, AutoQuantizer, PTQConfig, quant
 
 from . import nets
 from .cache import folder
+from .intervals import mean_difference
 from .peers import fresh
 
 RESULT = Path(__file__).parents[1] / "results" / "quantization_search.json"
@@ -53,6 +55,8 @@ FORMATS: tuple[LayerFormat, ...] = (Int8Static(), Int8Dynamic(), Int8Weight(), I
 BITS = (4.5, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0)
 #: Points of our curve that are built.
 OURS = 6
+#: Label of what is returned for the latency of a uniform format, and how much longer it may take: that is noise.
+RETURNED, ROOM = "returned for ", 0.03
 #: Points whose latency differs by less are equally fast.
 EQUAL = 0.01
 
@@ -90,8 +94,9 @@ def keep_point(name: str, label: str, make: Callable[[], Program]) -> dict[str, 
         return {"failed": str(e)[:200]}
     counts = {r.metric: r.after for r in program.report.rows if r.metric.startswith("layers in")}
     size = sum(p.stat().st_size for p in (where / "files").rglob("*") if p.is_file())
-    kept = {k: v for k, v in found.items() if k != "losses"}
-    atomic.write_json(where / "losses.json", found["losses"])
+    kept = {k: v for k, v in found.items() if k not in ("losses", "divergences")}
+    for each in ("losses", "divergences"):
+        atomic.write_json(where / f"{each}.json", found[each])
     return kept | {"file_bytes": size, "made_s": made_s, "layers": counts}
 
 
@@ -149,7 +154,8 @@ def our_points(net: nets.Net, row: dict[str, Any]) -> Iterable[tuple[str, Callab
         engine=ENGINE, formats=FORMATS, points=OURS, calibration_batches=len(net.calibration), task=net.task
     )
     start, begin = time.perf_counter(), time.process_time()
-    quantizer = AutoQuantizer(captured(net), dataset=[*net.calibration, *net.calibration[:1]], example_inputs=one,
+    # It verifies on the data that calibrate too: what is held out is for the judge here alone.
+    quantizer = AutoQuantizer(captured(net), dataset=[*net.calibration, *net.calibration], example_inputs=one,
                               config=config)  # fmt: skip
     curve = quantizer.pareto()
     plain = quantizer.uniform()[0].costs["ms"]
@@ -162,6 +168,26 @@ def our_points(net: nets.Net, row: dict[str, Any]) -> Iterable[tuple[str, Callab
     }  # fmt: skip
     for i, candidate in enumerate(curve):
         yield f"ours {i}", functools.partial(quantizer.build, candidate)
+    for rival in quantizer.uniform()[1:]:
+        # What a user gets who asks for a uniform format's latency.
+        budget = Budget(latency_ms=rival.costs["ms"] * (1 + ROOM))
+        yield RETURNED + rival.title.removeprefix("all in "), functools.partial(quantizer.quantize, budget=budget)
+
+
+def returned(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What `quantize(budget=...)` gave for the latency of each uniform format, against that format on held-out data."""
+    found = {}
+    for label, point in row["points"].items():
+        rival = "uniform " + label.removeprefix(RETURNED)
+        if label.startswith(RETURNED) and "loss" in point and "loss" in row["points"].get(rival, {}):
+            one, other = (json.loads((place(name, n) / "divergences.json").read_text()) for n in (label, rival))
+            low, middle, high = mean_difference(one, other, nets.net(name).clusters)
+            found[label] = {
+                "divergence": point["divergence"], "of_the_uniform": row["points"][rival]["divergence"],
+                "difference": [low, middle, high], "surely_worse": low > 0, "surely_better": high < 0,
+                "latency": point.get("latency"), "latency_of_the_uniform": row["points"][rival].get("latency"),
+            }  # fmt: skip
+    return found
 
 
 def timed(name: str, labels: Sequence[str], rounds: int, seconds: float) -> dict[str, Any]:
@@ -199,7 +225,7 @@ def verdict(row: Mapping[str, Any]) -> dict[str, Any]:
     ours = {n: p for n, p in points.items() if n.startswith("ours")}
     if not ours:
         return {}
-    others = {n: p for n, p in points.items() if n not in ours}
+    others = {n: p for n, p in points.items() if n not in ours and not n.startswith(RETURNED)}
     found: dict[str, Any] = {
         name: {n: against([*ours.values()], p, loss) for n, p in others.items()}
         for name, loss in (("against", "divergence"), ("against_by_loss", "loss"))
@@ -252,6 +278,7 @@ def _time(name: str, row: dict[str, Any], options: argparse.Namespace) -> None:
     for label, relative in row["latency"]["relative"].items():
         row["points"][label]["latency"] = relative
     row["verdict"] = verdict(row)
+    row["returned"] = returned(name, row)
     row["frontier"] = frontier({n: p for n, p in row["points"].items() if "latency" in p}, "divergence")
     print(name, row["latency"]["noise"], row["frontier"], flush=True)
 
