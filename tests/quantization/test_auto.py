@@ -184,6 +184,15 @@ def test_an_impossible_budget_says_what_is_possible(net, batches, tmp_path, time
     assert report.facts["curve"]
 
 
+def test_a_uniform_choice_that_was_measured_to_keep_the_budget_is_taken(net, batches, tmp_path, timed) -> None:
+    """By prediction nothing does; but what one format for all takes is known."""
+    quantizer = AutoQuantizer(net, dataset=batches, config=config(tmp_path))
+    quantizer.uniform()[1].costs["ms"] = 1.2
+    program = quantizer.quantize(budget=Budget(latency_ms=1.5))
+    assert program.report.ok
+    assert set(formats_of(program).values()) == {"int8-weight"}
+
+
 def test_the_uniform_choice_wins_where_it_is_better(net, batches, tmp_path, timed, monkeypatch) -> None:
     # The solver is told that the delicate layer is the sturdy one.
     monkeypatch.setattr(

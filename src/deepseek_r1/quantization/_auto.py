@@ -281,13 +281,18 @@ class AutoQuantizer:
         judge = self._judge(found, goal)
         fallback = found.best_uniform(goal)
         tried: list[Verdict] = []
-        for candidate in self._candidates(found, goal):
-            verdict = judge.compare(candidate, fallback)
-            tried.append(verdict)
-            if verdict.kept:
-                return verdict
-            if len(tried) > 3:
-                break
+        impossible = "no choice of formats keeps the budget."
+        try:
+            for candidate in self._candidates(found, goal):
+                verdict = judge.compare(candidate, fallback)
+                tried.append(verdict)
+                if verdict.kept:
+                    return verdict
+                if len(tried) > 3:
+                    break
+        except CheckFailedError as e:
+            # By prediction; what one format for all layers takes is measured, and may be less.
+            impossible = str(e)
         if kept := [v for v in tried if v.uniform_kept]:
             return kept[-1].as_uniform()
         for candidate in sorted(found.uniform, key=lambda c: c.costs[goal.minimise]):
@@ -296,7 +301,7 @@ class AutoQuantizer:
                 tried.append(verdict)
                 if verdict.kept:
                     return verdict
-        raise CheckFailedError("; ".join(tried[-1].failures) if tried else "no choice of formats keeps the budget.")
+        raise CheckFailedError("; ".join(tried[-1].failures) if tried else impossible)
 
     def _candidates(self, found: _Prepared, goal: Goal) -> Iterable[Candidate]:
         """What is worth building, the best first; each next one is safer than the one before."""
