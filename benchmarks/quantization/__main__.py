@@ -6,7 +6,7 @@ from pathlib import Path
 
 VERBS = {
     "train": "train", "nets": "nets", "ptq": "ptq_peers", "search": "search", "exports": "exports",
-    "effective-bits": "effective_bits", "four-bits": "four_bits", "pruning": "pruning",
+    "effective-bits": "effective_bits", "four-bits": "four_bits", "pruning": "pruning", "joint": "joint",
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ BITS = (4.5, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0)
 #: Points of our curve that are built.
 OURS = 6
 #: Label of what is returned for the latency of a uniform format, and how much longer it may take: that is noise.
-RETURNED, ROOM = "returned for ", 0.03
+RETURNED, ROOM = "returned for ", 0.1
 #: Points whose latency differs by less are equally fast.
 EQUAL = 0.01
 

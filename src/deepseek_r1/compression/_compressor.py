@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..core import Budget, CheckFailedError, InputError, Report
@@ -67,13 +68,15 @@ class Compressor:
                 f"Compressor(model={type(model).__name__}): an nn.Module is needed; a captured graph can only be "
                 "quantised (AutoQuantizer)."
             )
-        self.model, self.example_inputs = model.eval(), example_inputs
+        self.model, self.example_inputs = model, example_inputs
         self.config = config or CompressionConfig()
         wanted = self.config.formats.calibration_batches + self.config.formats.held_out_batches
         self._batches = list(islice(iter(dataset), wanted))
         self.module: nn.Module = model
         self._plain = self._quantizer(model)
         self._joint: Joint | None = None
+        #: (loss, quality lost) of the cuts that the predictions were scaled to.
+        self._known = [(0.0, 0.0)]
 
     def _quantizer(self, model: nn.Module) -> AutoQuantizer:
         return AutoQuantizer(
@@ -82,10 +85,12 @@ class Compressor:
 
     def _pruner(self, keep: Mapping[str, int] | None = None) -> R1Pruner:
         classes = self._plain.task.classes is not None
-        config = replace(self.config.pruning, distance="kl" if classes else "output")
+        # How fast it is is measured on the engine, not here.
+        config = replace(self.config.pruning, distance="kl" if classes else "output", timing_rounds=0)
+        calibrating = self._batches[: min(self.config.formats.calibration_batches, (len(self._batches) + 1) // 2)]
         # Without labels: the loss is then the divergence from the float model, as the formats' is.
         return R1Pruner(
-            self.model, keep=keep, dataset=[_unlabelled(batch) for batch in self._batches], config=config,
+            self.model, keep=keep, dataset=[_unlabelled(batch) for batch in calibrating], config=config,
             example_inputs=self.example_inputs,
         )  # fmt: skip
 
@@ -110,8 +115,7 @@ class Compressor:
         tried = {} if best is None else {_WHOLE: best}
         groups = self._groups(report)
         if groups:
-            joint = self._problem(groups, train_loader, lr, report)
-            for plan in self._plans(joint, budget):
+            for plan in self._plans(self._problem(groups, train_loader, lr, report), budget):
                 made = self._made(plan, groups, budget, train_loader, epochs, lr, report)
                 if made is not None:
                     tried[f"cut {len(tried) if best else len(tried) + 1}"] = made
@@ -141,21 +145,22 @@ class Compressor:
         measured, cut = [0.0], self.model
         for level in range(1, len(groups[0].kept)):
             cut = self._cut({g.name: g.kept[level] for g in groups}, train_loader, self.config.trial_epochs, lr)
-            measured.append(self._plain.distance(cut)[0])
-            share = _count(cut) / _count(self.model)
+            self._known.append(self._plain.distance(cut))
+            measured.append(self._known[-1][0])
             predicted = sum(g.losses[level] for g in groups)
-            how = f"all groups at the level, {share:.0%} of the parameters; predicted {predicted:.4g}"
+            how = f"all groups, {_count(cut) / _count(self.model):.0%} of the parameters; predicted {predicted:.4g}"
             report.add(f"loss at {self.config.levels[level - 1]:.0%} of the channels", measured[-1], how=how)
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
-        self._joint = Joint(calibrated(groups, measured), self._plain.costs(), self._quantizer(cut).costs(), sizes)
+        least = self._quantizer(cut).costs()
+        self._joint = Joint(calibrated(groups, measured), self._plain.costs(), least, sizes)
         return self._joint
 
     def _cut(self, keep: Mapping[str, int], train_loader: Iterable[Any] | None, epochs: int, lr: float) -> nn.Module:
         return self._pruner(keep).compress(train_loader, epochs=epochs, lr=lr).eval()
 
     def _plans(self, joint: Joint, budget: Budget) -> list[Plan]:
-        """Choices within the limits that cut something, the one with the least loss first."""
+        """Choices within the limits that cut something and are worth a try."""
         limits = {}
         if budget.size_mb is not None:
             limits["bytes"] = budget.size_mb * 1e6
@@ -166,34 +171,39 @@ class Compressor:
             front = joint.front(limits, along, self.config.points)
         except CheckFailedError:
             return []
-        seen: list[dict[str, int]] = []
-        plans = []
+        plans: list[Plan] = []
         for plan in reversed(front):
             cuts = plan.cuts(joint.groups)
-            if cuts and cuts not in seen:
-                seen.append(cuts)
+            if cuts and all(cuts != other.cuts(joint.groups) for other in plans):
                 plans.append(plan)
+        if budget.accuracy_drop is not None:
+            bearable = [p for p in plans if self._drop(p.costs["loss"]) <= budget.accuracy_drop]
+            plans = bearable or plans[:1]
         # From all over the curve, as the prediction may be wrong in either direction.
         last = max(1, self.config.candidates - 1)
         places = {round(i * (len(plans) - 1) / last) for i in range(self.config.candidates)} if plans else set()
         return [plans[i] for i in sorted(places)]
+
+    def _drop(self, loss: float) -> float:
+        """The quality that a loss is expected to cost, after the cuts that were measured."""
+        losses, drops = zip(*sorted(self._known))
+        return float(np.interp(loss, losses, np.maximum.accumulate(drops)))
 
     def _made(
         self, plan: Plan, groups: list[Shrinkage], budget: Budget, train_loader: Iterable[Any] | None, epochs: int,
         lr: float, report: Report,
     ) -> _Made | None:  # fmt: skip
         cuts = plan.cuts(groups)
-        module = self._cut(cuts, train_loader, epochs, lr)
-        what = f"{len(cuts)} groups cut, {_count(module):,} parameters"
-        quantizer = self._quantizer(module)
-        allowed = budget.accuracy_drop
-        if allowed is not None:
-            # What the cut costs is not left for the formats.
-            allowed = max(0.0, allowed - self._plain.distance(module)[1])
+        what = ", ".join(f"{name} to {kept}" for name, kept in cuts.items())
         try:
-            program = quantizer.quantize(budget=replace(budget, accuracy_drop=allowed))
+            module = self._cut(cuts, train_loader, epochs, lr)
+            allowed = budget.accuracy_drop
+            if allowed is not None:
+                # What the cut costs is not left for the formats.
+                allowed = max(0.0, allowed - self._plain.distance(module)[1])
+            program = self._quantizer(module).quantize(budget=replace(budget, accuracy_drop=allowed))
         except CheckFailedError as e:
-            report.skip(what, f"no formats keep the budget: {e}")
+            report.skip(what, str(e))
             return None
         return _Made(module, program, cuts, plan)
 

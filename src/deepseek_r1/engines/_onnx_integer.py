@@ -11,6 +11,8 @@ from onnx import numpy_helper
 
 from ._onnx_unused import drop_unused
 
+#: An old node and a new one to stand before it.
+_Insertion = tuple[onnx.NodeProto, onnx.NodeProto]
 #: Largest bias in steps of input scale x weight scale: int32 with a bit to spare for the products.
 _MOST_STEPS = 2.0**30
 
@@ -81,7 +83,7 @@ def _biased_products(model: onnx.ModelProto, constants: Mapping[str, Any]) -> It
 
 def _integer_biases(model: onnx.ModelProto) -> None:
     constants = {i.name: i for i in model.graph.initializer}
-    added: list[tuple[onnx.NodeProto, onnx.NodeProto]] = []
+    added: list[_Insertion] = []
     for number, place, x, weight in list(_biased_products(model, constants)):
         node = model.graph.node[number]
         bias = numpy_helper.to_array(constants[node.input[place]])
@@ -92,12 +94,14 @@ def _integer_biases(model: onnx.ModelProto) -> None:
             continue
         stem = f"bias_{number}"
         stored = np.round(bias / scale.astype(np.float64)).astype(np.int32)
-        zero = np.zeros(bias.shape, dtype=np.int32)
-        for value, name in ((stored, "int32"), (scale, "scale"), (zero, "zero")):
-            model.graph.initializer.append(numpy_helper.from_array(value, f"{stem}_{name}"))
-        back = onnx.helper.make_node(
-            "DequantizeLinear", [f"{stem}_int32", f"{stem}_scale", f"{stem}_zero"], [f"{stem}_float"], axis=0
-        )
+        model.graph.initializer.append(numpy_helper.from_array(stored, f"{stem}_int32"))
+        make = onnx.helper.make_node
+        if numpy_helper.to_array(constants[weight.input[1]]).shape == bias.shape:
+            # A product of constants, which every runtime folds, is four bytes a channel less to store.
+            added.append((node, make("Mul", [x.input[1], weight.input[1]], [f"{stem}_scale"], name=f"{stem}_mul")))
+        else:
+            model.graph.initializer.append(numpy_helper.from_array(scale, f"{stem}_scale"))
+        back = make("DequantizeLinear", [f"{stem}_int32", f"{stem}_scale"], [f"{stem}_float"], axis=0)
         node.input[place] = f"{stem}_float"
         added.append((node, back))
     _insert_before(model, added)
@@ -143,7 +147,7 @@ def _guard_floats(model: onnx.ModelProto) -> None:
     """
     constants = {i.name for i in model.graph.initializer}
     makers = {output: node for node in model.graph.node for output in node.output}
-    added = []
+    added: list[_Insertion] = []
     for number, node in enumerate(model.graph.node):
         if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.input[1] not in constants:
             continue
@@ -155,8 +159,8 @@ def _guard_floats(model: onnx.ModelProto) -> None:
     _insert_before(model, added)
 
 
-def _insert_before(model: onnx.ModelProto, added: list[tuple[onnx.NodeProto, onnx.NodeProto]]) -> None:
-    """Put new nodes before the ones that read them: pairs of an old node and a new one."""
+def _insert_before(model: onnx.ModelProto, added: list[_Insertion]) -> None:
+    """Put new nodes before the ones that read them."""
     nodes = list(model.graph.node)
     for node, new in added:
         nodes.insert(next(i for i, n in enumerate(nodes) if n is node), new)
