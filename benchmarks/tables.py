@@ -250,6 +250,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "ptq": (("ptq_peers",), from_page(page.ptq)),
     "quantization-search": (("quantization_search",), from_page(page.search)),
     "pruning": (("pruning",), from_page(page.pruning)),
+    "joint": (("joint",), from_page(page.joint)),
     "four-bits": (("four_bits",), from_page(page.four_bits)),
     "quantization-exports": (("quantization_exports",), from_page(page.exports)),
 }

@@ -6,6 +6,7 @@
     python benchmarks/quantization search           # uniform formats and effective bits, net by net
     python benchmarks/quantization four-bits        # the GPT with 4-bit weights, against torchao and GPTQ by the book
     python benchmarks/quantization pruning          # 30 % pruned and trained in 8 bits, against others
+    python benchmarks/quantization joint            # channels and bits together, against one after the other
     python benchmarks/quantization exports          # every integer format as an ONNX file with QDQ nodes
 
 Each verb goes on where it stopped, and writes to benchmarks/results what it found.

@@ -186,7 +186,7 @@ def _efficientnet() -> Net:
     calibrating, _ = sources.photograph_crops(sources.CALIBRATION_PHOTOGRAPHS, 12, seed=1)
     judged, clusters = sources.photograph_crops(sources.HELD_OUT_PHOTOGRAPHS, 12, seed=2)
     model = build()
-    with torch.inference_mode():
+    with torch.no_grad():
         # There are no labels for these; what float32 says stands in for them.
         labels = [torch.cat([model(part).argmax(1) for part in x.split(8)]) for x in (calibrating, judged)]
     return Net(

@@ -133,6 +133,30 @@ def pruning(found: dict[str, Any]) -> Page:
     return head, body, below
 
 
+def joint(found: dict[str, Any]) -> Page:
+    """Bits alone, pruning first, and both together, under equal budgets."""
+    head = [
+        "budget, of float",
+        "by",
+        "accuracy",
+        "loss",
+        "loss of together less it (95 %)",
+        "weights, kB",
+        "× float ms",
+    ]
+    body = []
+    for budget, result in found["results"].items():
+        for name, row in result["rows"].items():
+            low, middle, high = row.get("loss of together less this", (None, None, None))
+            less = "–" if low is None or name == "together" else f"{middle:.3f} ({low:.3f}–{high:.3f})"
+            body.append([
+                budget, name, f"{row['accuracy']:.4f}", f"{row['loss']:.3f}", less, f"{row['bytes'] / 1e3:.0f}",
+                _interval(row["of float"]),
+            ])  # fmt: skip
+        body += [[budget, name, f"none: {_short(why)}", *["–"] * 4] for name, why in result["failed"].items()]
+    return head, body, []
+
+
 def search(found: dict[str, Any]) -> Page:
     """Points of the search, those on the frontier in bold."""
     head = ["network", "formats", "task metric", "loss", "divergence", "latency, × float32", "file, MB", "layers"]
@@ -172,7 +196,7 @@ def _searched(row: dict[str, Any], verdict: dict[str, Any]) -> str:
         worse, better = (sum(v[f"surely_{k}"] for v in given) for k in ("worse", "better"))
         said.append(
             f"asked for the latency of each of {len(given)} uniform formats, `quantize(budget=...)` diverges surely "
-            f"less {better} times and surely more {worse} times"
+            f"less {better} times, and surely more without being faster {worse} times"
         )
     for measure, what in (("latency", "latency relative to float32"), ("loss", "loss")):
         if measure in verdict:

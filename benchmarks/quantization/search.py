@@ -182,10 +182,12 @@ def returned(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
         if label.startswith(RETURNED) and "loss" in point and "loss" in row["points"].get(rival, {}):
             one, other = (json.loads((place(name, n) / "divergences.json").read_text()) for n in (label, rival))
             low, middle, high = mean_difference(one, other, nets.net(name).clusters)
+            latency, other_latency = (p.get("latency", 0.0) for p in (point, row["points"][rival]))
             found[label] = {
                 "divergence": point["divergence"], "of_the_uniform": row["points"][rival]["divergence"],
-                "difference": [low, middle, high], "surely_worse": low > 0, "surely_better": high < 0,
-                "latency": point.get("latency"), "latency_of_the_uniform": row["points"][rival].get("latency"),
+                "difference": [low, middle, high], "latency": latency, "latency_of_the_uniform": other_latency,
+                # What is faster may diverge more.
+                "surely_worse": low > 0 and latency >= other_latency * (1 - EQUAL), "surely_better": high < 0,
             }  # fmt: skip
     return found
 
