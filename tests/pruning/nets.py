@@ -1,8 +1,32 @@
 """Small networks with the structures that pruning has to understand."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def half_of(structure, groups):
+    """A mask of every second unit of these groups."""
+    return structure.mask(np.concatenate([g.units[1::2] for g in groups] or [np.zeros(0, dtype=np.int64)]))
+
+
+class Proportional(nn.Module):
+    """A block whose code takes the width of a head from the width of its input."""
+
+    def __init__(self, dim=32, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.first, self.last = nn.Linear(6, dim), nn.Linear(dim, 3)
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.up, self.down = nn.Linear(dim, 48), nn.Linear(48, dim)
+
+    def forward(self, x):
+        x = self.first(x)
+        b, n, width = x.shape
+        q, k, v = (m(x).view(b, n, self.heads, width // self.heads).transpose(1, 2) for m in (self.q, self.k, self.v))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
+        return self.last(x + self.down(F.gelu(self.up(x))))
 
 
 class Attention(nn.Module):

@@ -16,7 +16,7 @@ from deepseek_r1.pruning._importance import Importance, taylor_scores
 from deepseek_r1.pruning._recover import reestimate_
 from deepseek_r1.pruning._structure import Group, structure_of
 
-from .nets import IDS, IMAGE, Sized, Tied, inverted, residual
+from .nets import IDS, IMAGE, Proportional, Sized, Tied, inverted, residual
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +346,19 @@ def test_config_fields_are_checked(field):
 def test_epochs_are_checked(quick):
     with pytest.raises(ConfigError, match="epochs"):
         R1Pruner(Sized(), config=quick, example_inputs=torch.randn(2, 6)).compress(epochs=0)
+
+
+def test_code_that_holds_in_proportion_only_keeps_its_groups():
+    """Halved together, width and heads fit each other; cut as their importance says, they do not."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 6)
+    pruner = R1Pruner(Proportional(), 0.2, example_inputs=(x,), config=PruneConfig(channel_step=4, timing_rounds=0))
+    small = pruner.compress()
+    assert small.up.out_features < 48
+    assert small.q.out_features == small.first.out_features == 32
+    held = " ".join(why for _, why in small.pruning.skipped)
+    assert "does not follow" in held
+    assert small(x).shape == (3, 5, 3)
 
 
 def test_numbers_of_units_can_be_given():

@@ -10,9 +10,9 @@ from deepseek_r1.graph import capture
 from deepseek_r1.models import DigitsNet
 from deepseek_r1.pruning._masked import masked_answers
 from deepseek_r1.pruning._structure import structure_of
-from deepseek_r1.pruning._surgery import EXACT, Trial, answers, half_of, plan_of, settle
+from deepseek_r1.pruning._surgery import EXACT, Trial, answers, plan_of, settle
 
-from .nets import EVERY, IDS, IMAGE, Encoder, Sized, Tied, grouped, inverted, residual
+from .nets import EVERY, IDS, IMAGE, Encoder, Sized, Tied, grouped, half_of, inverted, residual
 
 
 def _settled(model, example):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -148,10 +149,19 @@ def _jitter_(model: nn.Module) -> None:
                 p.add_(noise * (0.1 * (spread if spread > 0 else 1.0)))
 
 
-def half_of(structure: Structure, groups: Iterable[Group]) -> Any:
-    """A mask of every second unit of these groups."""
-    chosen = [g.units[1::2] for g in groups]
-    return structure.mask(np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64))
+def some_of(structure: Structure, groups: Iterable[Group]) -> Any:
+    """A mask of some units of these groups, a different share of each.
+
+    Code such as `width // heads` follows two groups that shrink in proportion, and no others.
+    """
+    chosen = [np.zeros(0, dtype=np.int64)]
+    for group in groups:
+        rng = np.random.default_rng(zlib.crc32(group.name.encode()))
+        least = -(-group.size // 4)
+        if group.size > 1:
+            count = int(rng.integers(least, max(least, group.size - least) + 1))
+            chosen.append(rng.permutation(group.units)[: min(count, group.size - 1)])
+    return structure.mask(np.concatenate(chosen))
 
 
 def settle(model: nn.Module, structure: Structure, report: Report) -> Structure:
@@ -161,7 +171,7 @@ def settle(model: nn.Module, structure: Structure, report: Report) -> Structure:
     found = {g.name: candidates(model, structure, g) for g in structure.groups}
     safe = [c for cs in found.values() for c in cs if _surely(model, structure, c)]
     counts = [*plain, *safe]
-    if trial(half_of(structure, structure.groups), counts).holds:
+    if trial(some_of(structure, structure.groups), counts).holds:
         return replace(structure, counts=counts)
     held: dict[str, str] = {}
     learned: list[Count] = []
@@ -175,7 +185,7 @@ def settle(model: nn.Module, structure: Structure, report: Report) -> Structure:
             good.append(group)
     own = {c.label for g in good for c in found[g.name]}
     counts = _unique([*plain, *[c for c in safe if c.label in own], *learned])
-    if good and not trial(half_of(structure, good), counts).holds:
+    if good and not trial(some_of(structure, good), counts).holds:
         good, more = _together(trial, good, counts)
         held.update(more)
     for count in learned:
@@ -191,7 +201,7 @@ def _suspects(trial: Trial, groups: Sequence[Group], counts: Sequence[Count], go
     """Groups that fail by themselves, found by halving; the others are put into `good`."""
     if not groups:
         return []
-    if trial(half_of(trial.structure, groups), counts).holds:
+    if trial(some_of(trial.structure, groups), counts).holds:
         good += groups
         return []
     if len(groups) == 1:
@@ -204,7 +214,7 @@ def _search(
     trial: Trial, group: Group, plain: list[Count], found: list[Count], safe: list[Count], learned: list[Count]
 ) -> tuple[list[Count] | None, str]:
     """Integers with which the code follows a group; None and what went wrong if there are none."""
-    removed = half_of(trial.structure, [group])
+    removed = some_of(trial.structure, [group])
     own = [c for c in found if c.label in {s.label for s in safe}]
     names = {(c.attribute, c.place) for c in learned}
     # What one layer needs, its neighbours need too.
@@ -228,7 +238,7 @@ def _together(trial: Trial, groups: Sequence[Group], counts: list[Count]) -> tup
     kept: list[Group] = []
     held = {}
     for group in groups:
-        verdict = trial(half_of(trial.structure, [*kept, group]), counts)
+        verdict = trial(some_of(trial.structure, [*kept, group]), counts)
         if verdict.holds:
             kept.append(group)
         else:
