@@ -33,6 +33,7 @@ def test_every_verb_is_there():
         "",
         "build-op",
         "cache",
+        "compress",
         "doctor",
         "export",
         "optimize",

@@ -12,6 +12,7 @@ import typer
 from . import _frame
 from .build_op import build_op as _build_op
 from .cache import cache as _cache
+from .compress import compress as _compress
 from .doctor import doctor as _doctor
 from .export import export as _export
 from .optimize import optimize as _optimize
@@ -41,7 +42,9 @@ def _every_verb(
     _frame.show_traceback(traceback)
 
 
-for _command in (_run, _train, _optimize, _prune, _quantize, _export, _trace, _build_op, _cache, _doctor, _version):
+for _command in (
+    _run, _train, _optimize, _prune, _quantize, _compress, _export, _trace, _build_op, _cache, _doctor, _version,
+):  # fmt: skip
     app.command()(_command)
 
 
