@@ -21,7 +21,7 @@ from torch.fx import Interpreter, Node
 
 from ..core import Float32, Int8Static, LayerFormat, progress
 from ..engines import OperatorTime, Runner
-from ..measure import paired_latency
+from ..measure import paired_latency, ratio_interval
 from ._compiled import Compiler, Form
 from ._layers import Layer
 from ._observe import watch
@@ -187,7 +187,9 @@ def _totals(runners: Mapping[str, Runner], leaves: Sequence[Any], seconds: float
 
     with torch.no_grad():
         times = paired_latency({n: call(r) for n, r in runners.items()}, rounds=40, max_seconds=seconds)
-    return {name: latency.median_ms for name, latency in times.items()}
+    # In units of float32's latency of the same round, so that what disturbs one disturbs both.
+    plain = times[FLOAT]
+    return {n: plain.median_ms / ratio_interval(plain, latency)[1] for n, latency in times.items()}
 
 
 def _sizes(shop: Workshop, leaves: Sequence[Any]) -> dict[Node, int]:
