@@ -180,7 +180,9 @@ def returned(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     for label, point in row["points"].items():
         rival = "uniform " + label.removeprefix(RETURNED)
         if label.startswith(RETURNED) and "loss" in point and "loss" in row["points"].get(rival, {}):
-            one, other = (json.loads((place(name, n) / "divergences.json").read_text()) for n in (label, rival))
+            stored = (json.loads((place(name, n) / "divergences.json").read_text()) for n in (label, rival))
+            # A text has one for each position.
+            one, other = (torch.tensor(values).reshape(len(values), -1).mean(1).tolist() for values in stored)
             low, middle, high = mean_difference(one, other, nets.net(name).clusters)
             latency, other_latency = (p.get("latency", 0.0) for p in (point, row["points"][rival]))
             found[label] = {
