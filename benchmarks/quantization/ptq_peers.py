@@ -57,6 +57,7 @@ def build(name: str, rival: str, engines: list[str] | None = None) -> dict[str, 
     # Files that a runtime reads, not those on the way there.
     facts["file_bytes"] = sum((where / file).stat().st_size for file in who.files)
     atomic.write_json(where / "losses.json", facts.pop("losses"))
+    del facts["divergences"]
     return facts
 
 

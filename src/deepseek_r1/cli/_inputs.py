@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ class Opened:
         """The loader of the first part that there is; None without data."""
         found = [getattr(self.data, n) for n in names if getattr(self.data, n, None) is not None]
         return found[0] if found else None
+
+    def then_unseen(self, count: int) -> Iterable[Any]:
+        """The first batches of the training part, then the validation part; all of the former without the latter."""
+        train, unseen = self.part("train"), self.part("val")
+        assert train is not None, "asked where data are needed"
+        return train if unseen is None else chain(islice(train, count), unseen)
 
     def for_artifact(self) -> dict[str, Any]:
         """What an artifact wants to know of the data, as keyword arguments of `deploy.export`."""

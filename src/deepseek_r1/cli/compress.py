@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -41,26 +40,18 @@ def compress(
     """
     from ..compression import CompressionConfig, Compressor
     from ..core import Budget, InputError
-    from ..deploy import export
     from ..graph import Program
     from ..quantization import AutoConfig
     from ._inputs import open_inputs
+    from ._results import write_program
 
     opened = open_inputs(model, weights=weights, data=data, batch_size=batch_size, image_size=image_size, seed=seed)
     if isinstance(opened.model, Program):
         raise InputError("a captured graph cannot be pruned; give file.py:factory or an .onnx file, or use quantize.")
     config = CompressionConfig(candidates=candidates, formats=AutoConfig(engine=engine))
-    train, unseen = opened.part("train"), opened.part("val")
-    assert train is not None, "the option is needed"
-    first = islice(train, config.formats.calibration_batches) if unseen is not None else ()
-    compressor = Compressor(opened.model, dataset=chain(first, unseen or train), config=config)
+    train = opened.part("train")
+    dataset = opened.then_unseen(config.formats.calibration_batches)
+    compressor = Compressor(opened.model, dataset=dataset, config=config)
     budget = Budget(accuracy_drop=accuracy_drop, latency_ms=latency_ms, size_mb=size_mb)
     program = compressor.compress(budget, train if epochs else None, epochs=max(epochs, 1), lr=lr)
-    report = program.report
-    if out.suffix == ".dr1":
-        program.save(out)
-        report.note(f"wrote {out}; next: deepseek-r1 optimize {out} --data {data} --out DIR")
-        return report
-    report.sections.append(export(program, out, **opened.for_artifact()))
-    report.note(f"wrote {out}")
-    return report
+    return write_program(program, out, opened, data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -40,10 +39,10 @@ def quantize(
     The training part of the data calibrates.
     """
     from ..core import Budget, ConfigError
-    from ..deploy import export
     from ..quantization import AutoConfig, AutoQuantizer
     from ..quantization import quantize as run
     from ._inputs import open_inputs
+    from ._results import write_program
 
     budget = Budget(accuracy_drop=accuracy_drop, latency_ms=latency_ms, size_mb=size_mb)
     chooses = auto or bool(budget.limits())
@@ -54,17 +53,9 @@ def quantize(
     assert data_part is not None, "the option is needed"
     if chooses:
         config = AutoConfig(engine=engine)
-        unseen = opened.part("val")
-        first = islice(data_part, config.calibration_batches) if unseen is not None else ()
-        quantizer = AutoQuantizer(opened.model, dataset=chain(first, unseen or data_part), config=config)
+        dataset = opened.then_unseen(config.calibration_batches)
+        quantizer = AutoQuantizer(opened.model, dataset=dataset, config=config)
         program = quantizer.quantize(budget=budget)
     else:
         program = run(opened.model, bits, dataset=data_part)
-    report = program.report
-    if out.suffix == ".dr1":
-        program.save(out)
-        report.note(f"wrote {out}; next: deepseek-r1 optimize {out} --data {data} --out DIR")
-        return report
-    report.sections.append(export(program, out, **opened.for_artifact()))
-    report.note(f"wrote {out}")
-    return report
+    return write_program(program, out, opened, data)

@@ -87,7 +87,7 @@ class Compressor:
         classes = self._plain.task.classes is not None
         # How fast it is is measured on the engine, not here.
         config = replace(self.config.pruning, distance="kl" if classes else "output", timing_rounds=0)
-        calibrating = self._batches[: min(self.config.formats.calibration_batches, (len(self._batches) + 1) // 2)]
+        calibrating = self._batches[: self.config.formats.calibrating(len(self._batches))]
         # Without labels: the loss is then the divergence from the float model, as the formats' is.
         return R1Pruner(
             self.model, keep=keep, dataset=[_unlabelled(batch) for batch in calibrating], config=config,

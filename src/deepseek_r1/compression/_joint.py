@@ -104,17 +104,16 @@ class Joint:
     problem: Problem = field(init=False)
 
     def __post_init__(self) -> None:
+        self._shrinking = self._by_layer()
         self._layers = {name: self._options(name) for name in self.whole.layers}
         rows = [*self._group_rows(), *([option.costs for option in row] for row in self._layers.values())]
         costs = {m: [[option[m] for option in row] for row in rows] for m in _MEASURES}
         place = {name: len(self.groups) + i for i, name in enumerate(self._layers)}
         ties = []
-        for i, group in enumerate(self.groups):
-            for name, row in self._layers.items():
-                mine = self._groups_of(name)
-                if group in mine:
-                    labels = [option.kept[mine.index(group)] for option in row]
-                    ties.append(Tie(i, place[name], group.kept, labels))
+        number = {group.name: i for i, group in enumerate(self.groups)}
+        for name, row in self._layers.items():
+            for i, (group, _) in enumerate(self._shrinking[name]):
+                ties.append(Tie(number[group.name], place[name], group.kept, [option.kept[i] for option in row]))
         formats, switching, edges = self._format_rows(place, len(rows))
         for m in _MEASURES:
             costs[m] += [[0.0] * len(row) for row in formats]
@@ -123,21 +122,30 @@ class Joint:
             fixed=dict(self.whole.fixed),
         )  # fmt: skip
 
-    def _groups_of(self, layer: str) -> list[Shrinkage]:
-        return [g for g in self.groups if any(m[0] == f"{layer}.weight" for m in g.members)]
+    def _by_layer(self) -> dict[str, list[tuple[Shrinkage, list[tuple[int, int]]]]]:
+        """For each layer the groups that its weight shrinks with, and (dimension, indices a unit) in it."""
+        found: dict[str, list[tuple[Shrinkage, list[tuple[int, int]]]]] = {name: [] for name in self.whole.layers}
+        names = {f"{name}.weight": name for name in self.whole.layers}
+        for group in self.groups:
+            mine: dict[str, list[tuple[int, int]]] = {}
+            for tensor, dim, each in group.members:
+                if tensor in names:
+                    mine.setdefault(names[tensor], []).append((dim, each))
+            for name, dims in mine.items():
+                found[name].append((group, dims))
+        return found
 
     def shape(self, layer: str, kept: Mapping[str, int]) -> tuple[int, ...]:
         """The weight's shape where groups keep so many units."""
         shape = list(self.whole.shapes[layer])
-        for group in self._groups_of(layer):
+        for group, dims in self._shrinking[layer]:
             gone = group.kept[0] - kept.get(group.name, group.kept[0])
-            for tensor, dim, each in group.members:
-                if tensor == f"{layer}.weight":
-                    shape[dim] = max(1, shape[dim] - each * gone)
+            for dim, each in dims:
+                shape[dim] = max(1, shape[dim] - each * gone)
         return tuple(shape)
 
     def _options(self, layer: str) -> list[_Option]:
-        groups = self._groups_of(layer)
+        groups = [group for group, _ in self._shrinking[layer]]
         full = prod(self.whole.shapes[layer])
         smallest = prod(self.shape(layer, {g.name: g.kept[-1] for g in groups})) / full
         found = []

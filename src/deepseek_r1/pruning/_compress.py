@@ -87,7 +87,7 @@ class Compression:
         model, budget = self.pruner.model, self.pruner.budget
         numbers = math.inf if sparsity is None else (1 - sparsity) * parameters_in(model)
         size = math.inf if budget.size_mb is None else budget.size_mb * 1e6
-        return _Target(parameters=numbers, size=size, latency_ms=budget.latency_ms, keep=self.pruner.keep)
+        return _Target(parameters=numbers, size=size, latency_ms=budget.latency_ms)
 
     def _rounds(self) -> int:
         asked = self.config.rounds
@@ -162,9 +162,9 @@ class Compression:
 
     def _chosen(self, model: nn.Module, structure: Structure, ladders: list[Ladder], target: _Target) -> Choice:
         """The units that were asked for, or the least predicted loss within the targets of parameters and size."""
-        if target.keep:
-            self._check_names(structure, target.keep)
-            return keeping(structure, ladders, target.keep)
+        if keep := self.pruner.keep:
+            _check_names(structure, keep)
+            return keeping(structure, ladders, keep)
         currency = operations_of(structure) if self.config.currency == "operations" else None
         choices = []
         for limit, weigh, whole, what in (
@@ -181,15 +181,6 @@ class Compression:
         if choices:
             return max(choices, key=lambda c: c.removed().size)
         return choose(structure, ladders, parameters_of(structure), math.inf, currency)
-
-    def _check_names(self, structure: Structure, keep: Mapping[str, int]) -> None:
-        """Every name must be a group's of the module as it was given, and every number at most its size."""
-        first = self.first or structure
-        sizes = {g.name: g.size for g in first.groups}
-        for name, units in keep.items():
-            if name not in sizes or units > sizes[name]:
-                known = ", ".join(f"{n}: {size}" for n, size in sizes.items())
-                raise InputError(f"R1Pruner(keep={{{name!r}: {units}}}): the groups and their units are {known}.")
 
     def _fast_enough(
         self, model: nn.Module, structure: Structure, ladders: list[Ladder], target: _Target, least: Choice
@@ -344,6 +335,15 @@ class Compression:
         self.report.facts["pinned"] = dict(structure.pinned)
 
 
+def _check_names(structure: Structure, keep: Mapping[str, int]) -> None:
+    """Every name must be a group's, and every number at most its size."""
+    sizes = {g.name: g.size for g in structure.groups}
+    for name, units in keep.items():
+        if name not in sizes or units > sizes[name]:
+            known = ", ".join(f"{n}: {size}" for n, size in sizes.items())
+            raise InputError(f"R1Pruner(keep={{{name!r}: {units}}}): the groups and their units are {known}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Target:
     """Where the pruning ends."""
@@ -351,7 +351,6 @@ class _Target:
     parameters: float
     size: float
     latency_ms: float | None
-    keep: Mapping[str, int] = field(default_factory=dict)
 
     def part(self, share: float, model: nn.Module) -> _Target:
         """A part of the way, in equal ratios."""
@@ -360,4 +359,4 @@ class _Target:
         whole, size = parameters_in(model), bytes_in(model)
         numbers = whole * min(1.0, self.parameters / whole) ** share if self.parameters < math.inf else math.inf
         room = size * min(1.0, self.size / size) ** share if self.size < math.inf else math.inf
-        return _Target(parameters=numbers, size=room, latency_ms=self.latency_ms, keep=self.keep)
+        return _Target(parameters=numbers, size=room, latency_ms=self.latency_ms)

@@ -160,7 +160,7 @@ def some_of(structure: Structure, groups: Iterable[Group]) -> Any:
         least = -(-group.size // 4)
         if group.size > 1:
             count = int(rng.integers(least, max(least, group.size - least) + 1))
-            chosen.append(rng.permutation(group.units)[: min(count, group.size - 1)])
+            chosen.append(rng.permutation(group.units)[:count])
     return structure.mask(np.concatenate(chosen))
 
 

@@ -89,7 +89,7 @@ class AutoQuantizer:
     def _parts(self, batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Batches that calibrate, and those that verify."""
         if len(batches) > 1:
-            count = min(self.config.calibration_batches, (len(batches) + 1) // 2)
+            count = self.config.calibrating(len(batches))
             return list(batches[:count]), list(batches[count:])
         args, kwargs, labels = unpack_batch(batches[0])
         size = batch_size(args, kwargs)
@@ -129,7 +129,7 @@ class AutoQuantizer:
         if method not in METHODS:
             raise ConfigError(f"AutoQuantizer.quantize(method={method!r}): {METHODS[0]!r} is what there is.")
         found = self._prepare()
-        goal = Goal.of(budget, self.config.minimise, found.task.quality_name)
+        goal = self._goal(found, budget)
         try:
             verdict = self._choose(found, goal)
         except CheckFailedError as e:
@@ -168,8 +168,7 @@ class AutoQuantizer:
     def completed(self, budget: Budget | None = None) -> Budget:
         """The budget with the loss of accuracy that is allowed where it says nothing of it, but has to."""
         found = self._prepare()
-        goal = Goal.of(budget, self.config.minimise, found.task.quality_name)
-        return replace(budget or Budget(), accuracy_drop=goal.drop)
+        return replace(budget or Budget(), accuracy_drop=self._goal(found, budget).drop)
 
     def best_of(self, programs: Mapping[str, Program], budget: Budget | None = None) -> Comparison:
         """Programs that take the model's inputs, wherever they came from, timed in turns on the engine and judged on
@@ -178,8 +177,7 @@ class AutoQuantizer:
         The best is the first one that keeps the budget, or a later one that keeps it too and is surely better.
         """
         found = self._prepare()
-        goal = Goal.of(budget, self.config.minimise, found.task.quality_name)
-        return self._judge(found, goal).best_of(programs)
+        return self._judge(found, self._goal(found, budget)).best_of(programs)
 
     @torch.no_grad()
     def distance(self, module: torch.nn.Module) -> tuple[float, float]:
@@ -195,6 +193,9 @@ class AutoQuantizer:
             losses.append(found.task.divergence(answers, floats))
             drops.append(found.task.quality(floats, floats, labels) - found.task.quality(answers, floats, labels))
         return float(torch.cat(losses).mean()), float(torch.cat(drops).mean())
+
+    def _goal(self, found: _Prepared, budget: Budget | None) -> Goal:
+        return Goal.of(budget, self.config.minimise, found.task.quality_name)
 
     def _judge(self, found: _Prepared, goal: Goal) -> Judge:
         return Judge(

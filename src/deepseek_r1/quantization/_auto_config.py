@@ -72,3 +72,7 @@ class AutoConfig:
                 raise ConfigError(f"AutoConfig: {fmt!r} is no layer format; one such as Int8Static() is needed.")
         if not any(fmt.is_quantised or fmt.weight_bits == 16 for fmt in self.formats):
             raise ConfigError("AutoConfig(formats=...): at least one format beside float32 is needed.")
+
+    def calibrating(self, batches: int) -> int:
+        """How many of so many batches calibrate; the next ones verify."""
+        return min(self.calibration_batches, (batches + 1) // 2)
