@@ -11,6 +11,7 @@ import torch
 from ..core import UnsupportedOpError
 from ..graph import Program, recurrent_shapes
 from ..graph.quiet import quiet_torch
+from ._onnx_compact import compact
 from ._onnx_dynamic import INT8_DYNAMIC, quantize_dynamically
 from ._onnx_formats import OPSET, TRANSLATIONS, lower_blocks, needs_translation, unpacked
 from ._onnx_integer import retarget
@@ -73,7 +74,8 @@ def to_onnx(program: Program, *, external_data: bool = False, precision: str | N
     if special or precision == INT8_DYNAMIC:
         quantize_dynamically(model, every=precision == INT8_DYNAMIC)
     drop_pairs(model)
-    retarget(model)
+    if retarget(model) or special:
+        compact(model)
     for node in model.graph.node:
         # By name the profiler tells operators apart.
         node.name = node.name or f"node_{node.output[0]}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core import UINT4, ConfigError
+from ._observe import in_16_bits
 
 METHODS = ("minmax", "mse", "hqq")
 _LOW, _HIGH = UINT4
@@ -93,6 +94,7 @@ def _fitted(columns: torch.Tensor, symmetric: bool, method: str) -> tuple[torch.
         scale, zero = _smallest_squared_error(columns, *limits, symmetric)
     if method == "hqq":
         scale, zero = _half_quadratic(columns, scale, zero, symmetric)
+    scale = in_16_bits(scale)
     return _stored(columns, scale, zero).to(torch.uint8), scale, zero.to(torch.int8)
 
 

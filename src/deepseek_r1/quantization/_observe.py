@@ -158,6 +158,15 @@ def _clipped(rows: torch.Tensor, fmt: IntFormat, shares: tuple[float, ...]) -> t
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
-    scales = best_scale.float()
+    scales = in_16_bits(best_scale.float())
     values = torch.clamp(torch.round(rows / scales.double()[:, None]), q_low, q_high)
     return values.to(torch.int8), scales
+
+
+def in_16_bits(scales: torch.Tensor) -> torch.Tensor:
+    """Scales [any shape] as float16 has them, where it is no coarser than elsewhere (from 2^-14 to 65504): 1/2048 off.
+
+    They stay float32; a file may store them in two bytes.
+    """
+    half = scales.half()
+    return torch.where((scales >= 2.0**-14) & half.isfinite(), half.float(), scales)
