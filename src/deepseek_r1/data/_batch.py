@@ -117,6 +117,16 @@ def to_device(part: Any, device: torch.device | str) -> Any:
     return _map(part, lambda t: t.to(target, non_blocking=target.type == "cuda"))
 
 
+def map_tensors(part: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same nested part with `function` of every tensor; anything that is no tensor is kept.
+
+    Example:
+        >>> map_tensors({"a": [torch.ones(1), "text"]}, torch.neg)
+        {'a': [tensor([-1.]), 'text']}
+    """
+    return _map(part, function)
+
+
 def slice_batch(part: Any, start: int, stop: int) -> Any:
     """Samples `start` to `stop` of a nested part. Tensors without dimensions are shared by all slices.
 

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from ..core import ConfigError, probe
+from ._blocks import block_runs, share_in_blocks
 
 SCHEMA_VERSION = 1
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+#: The share of a model in repeated blocks from which on they alone are compiled.
+_WORTH = 0.5
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -28,7 +31,10 @@ class TrainingConfig:
         precision: "fp32", "bf16" or "fp16" (mixed precision by autocast), "auto": where the hardware gains.
         memory_gb: None; planning for a memory limit is not there yet.
         checkpoint_interval: None; recomputing activations is not there yet.
-        compile: True runs the model through `torch.compile`; "auto" and False do not.
+        compile: "blocks" runs each of the model's repeated blocks through `torch.compile`, True the whole model,
+            False nothing; "auto": the blocks on a GPU, where they hold most of the model.
+        cuda_graph: whether whole steps are recorded as CUDA graphs, one for each shape of batches, and replayed;
+            "auto": on a GPU, with an optimizer that can be recorded. Steps that cannot be are run as ever.
         device: "auto" (the model's GPU, else the first GPU, else the CPU), "cpu", "cuda" or "cuda:N".
         seed: given to `seed_everything` when a run starts. None leaves the random generators as they are.
         deterministic: use only deterministic kernels while training.
@@ -61,7 +67,8 @@ class TrainingConfig:
     precision: str = "auto"
     memory_gb: float | str | None = None
     checkpoint_interval: int | None = None
-    compile: bool | Literal["auto"] = "auto"
+    compile: bool | Literal["auto", "blocks"] = "auto"
+    cuda_graph: bool | Literal["auto"] = "auto"
     device: str = "auto"
     seed: int | None = None
     deterministic: bool = False
@@ -92,8 +99,10 @@ class TrainingConfig:
         self._one_of("schedule", SCHEDULES)
         self._one_of("early_stop_mode", ("min", "max"))
         self._later()
-        if self.compile not in (True, False, "auto"):
-            self._refuse("compile", "True, False or 'auto'")
+        if self.compile not in (True, False, "auto", "blocks"):
+            self._refuse("compile", "True, False, 'blocks' or 'auto'")
+        if self.cuda_graph not in (True, False, "auto"):
+            self._refuse("cuda_graph", "True, False or 'auto'")
         if not isinstance(self.deterministic, bool):
             self._refuse("deterministic", "True or False")
         if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**32):
@@ -184,11 +193,27 @@ def resolve(config: TrainingConfig, model: nn.Module) -> tuple[TrainingConfig, d
     precision = config.precision
     if precision == "auto":
         precision, reasons["precision"] = _choose_precision(torch.device(device))
-    compiled = config.compile
-    if compiled == "auto":
-        compiled = False
-        reasons["compile"] = "False: compiling costs minutes before the first step; set compile=True for long runs"
-    return replace(config, device=device, precision=precision, compile=compiled), reasons
+    settled = replace(config, device=device, precision=precision)
+    if settled.compile == "auto":
+        chosen, reasons["compile"] = _choose_compile(torch.device(device), model)
+        settled = replace(settled, compile=chosen)
+    if settled.cuda_graph == "auto":
+        graphs = torch.device(device).type == "cuda" and precision != "fp16"
+        settled = replace(settled, cuda_graph=graphs)
+        if precision == "fp16" and not graphs:
+            reasons["cuda_graph"] = "False: the gradient scaler of fp16 decides on the host"
+    return settled, reasons
+
+
+def _choose_compile(device: torch.device, model: nn.Module) -> tuple[bool | Literal["blocks"], str]:
+    if device.type != "cuda":
+        return False, "False: compiling costs minutes before the first step; set compile=True for long runs"
+    runs = block_runs(model)
+    share = share_in_blocks(model, runs)
+    if share < _WORTH:
+        return False, f"False: {share:.0%} of the parameters lie in repeated blocks; compile=True compiles the whole"
+    blocks = sum(len(run) for run in runs)
+    return "blocks", f"{blocks} repeated blocks, which hold {share:.0%} of the parameters"
 
 
 def _choose_device(model: nn.Module) -> tuple[str, str]:

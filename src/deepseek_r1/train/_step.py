@@ -90,7 +90,6 @@ def train_step(
     micro_batch_size: int | None = None,
     clip_grad_norm: float | None = None,
     scaler: torch.amp.GradScaler | None = None,
-    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """One optimizer step on `batches`: clears gradients, runs forward and backward, updates if all is finite.
 
@@ -100,7 +99,6 @@ def train_step(
         micro_batch_size: samples per forward pass; larger batches are split.
         clip_grad_norm: largest allowed norm of all gradients together.
         scaler: for precision "fp16": an overflowing gradient then skips the update and lowers the scale.
-        before_update: called once after the backward passes, before the parameters change; may raise.
 
     Raises:
         InputError: a batch that is ragged or empty, or no loss fits.
@@ -119,8 +117,6 @@ def train_step(
         model, objective, batches, device=place, precision=precision, micro_batch_size=micro_batch_size,
         scale=None if scaler is None else scaler.scale,
     )  # fmt: skip
-    if before_update is not None:
-        before_update()
     if scaler is not None:
         _scaled_update(optimizer, scaler, clip_grad_norm)
         # With a non-finite loss every gradient is, and the scaler has skipped the update.
@@ -152,6 +148,17 @@ def _not_finite(loss: Tensor, parameters: list[nn.Parameter], clip: float | None
     return bool(found) if loss.device.type == "cpu" else found
 
 
+def found_on_device(loss: Tensor, optimizer: Optimizer, clip: float | None) -> tuple[Tensor, Tensor | None]:
+    """1.0 if the loss or a gradient is not finite, else 0.0; and what the gradients are to be divided by for clipping.
+
+    Gradients are read once and not written: a fused optimizer divides them as it goes.
+    """
+    gradients = [p.grad for p in _parameters(optimizer)]
+    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))  # type: ignore[arg-type]
+    bad = (~torch.isfinite(loss.float() + total)).float()
+    return bad, None if clip is None else ((total + 1e-6) / clip).clamp(min=1.0)
+
+
 def _found_inf(values: list[Tensor]) -> Tensor:
     """1.0 if any value is not finite, else 0.0, on the device of the first."""
     found = torch.zeros((), device=values[0].device)
@@ -180,7 +187,7 @@ def guarded_update(optimizer: Optimizer, bad: bool | Tensor) -> bool | Tensor:
     Fused CUDA optimizers take the verdict on the device (the door that torch's GradScaler uses), so that the host
     need not wait for it. Others cost one wait per step.
     """
-    if isinstance(bad, Tensor) and _skips_on_device(optimizer):
+    if isinstance(bad, Tensor) and skips_on_device(optimizer):
         optimizer.found_inf = bad  # type: ignore[attr-defined]
         try:
             optimizer.step()
@@ -193,7 +200,8 @@ def guarded_update(optimizer: Optimizer, bad: bool | Tensor) -> bool | Tensor:
     return True
 
 
-def _skips_on_device(optimizer: Optimizer) -> bool:
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether an optimizer leaves out an update by a number on the device, as torch's fused ones do."""
     fused: Iterable[Any] = (group.get("fused") for group in optimizer.param_groups)
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(fused)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,13 +13,16 @@ from torch.optim import Optimizer
 
 from ..core import ConfigError, InputError, NonFiniteLossError
 from ..data._batch import batch_size, unpack_batch
+from ._blocks import block_runs, compiled
 from ._checkpoint import advice
 from ._config import TrainingConfig
+from ._device_run import BadStep, DeviceRun
+from ._device_step import device_step
 from ._diagnose import first_non_finite
 from ._objective import Objective
 from ._optim import lr_factor
 from ._progress import Progress
-from ._step import make_scaler, train_step
+from ._step import make_scaler, skips_on_device, train_step
 
 #: In the message of torch's own error for a batch norm with one value a channel.
 _ONE_SAMPLE = "Expected more than 1 value per channel when training"
@@ -28,8 +32,8 @@ class Stepper:
     """Takes optimizer steps and counts them in `progress`.
 
     A step whose loss or gradient is not finite is never applied. On a CPU that is known before the update. On a GPU
-    a fused optimizer skips such an update by itself, and the host reads the verdict during the step after, before
-    that step's update: so neither waits for the other, and the parameters are those before the bad step.
+    a fused optimizer skips such an update by itself, and all that follow, until the host has read the verdict, a few
+    steps later: so neither waits for the other, and the parameters are those before the bad step.
 
     Attributes:
         progress: the counters.
@@ -43,15 +47,68 @@ class Stepper:
         optimizer: Optimizer,
         objective: Objective,
         config: TrainingConfig,
+        *,
+        may_compile: bool = False,
     ) -> None:
         self.progress = Progress()
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self._model, self._optimizer, self._objective, self._config = model, optimizer, objective, config
         self._device = torch.device(config.device)
         self.scaler = make_scaler(self._device, config.precision)
-        self._forward: Callable[..., Any] = torch.compile(model) if config.compile else model
-        self._verdict: tuple[Tensor, torch.cuda.Event] | None = None
-        self._pending: tuple[int, list[Any]] | None = None
+        self._forward: Callable[..., Any] = torch.compile(model) if config.compile is True else model
+        self._may_compile = may_compile
+        self._run: DeviceRun | None = None
+        self._blocks = contextlib.ExitStack()
+        self._graphs = ""
+
+    @property
+    def graphs(self) -> str:
+        """What became of recording steps in the last run, for the Report; empty where it was not tried."""
+        return self._graphs
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Steps are taken inside the block: blocks are compiled and steps recorded as the configuration says."""
+        c = self._config
+        self._compile_blocks()
+        try:
+            if self._device.type == "cuda" and self.scaler is None and skips_on_device(self._optimizer):
+                self._run = DeviceRun(self._started, self._optimizer, self._device, graphs=bool(c.cuda_graph))
+            yield
+        finally:
+            self._blocks.close()
+            if self._run is not None and (graphs := self._run.graphs) is not None:
+                many = f"whole steps, for {graphs.recorded} shape(s) of batches"
+                self._graphs = f"not used: {graphs.refused}" if graphs.refused else many
+                if self._forward is not self._model and c.compile is not True:
+                    self._graphs += "; the model is compiled as a whole, as otherwise the host waits within a step"
+            if self._run is not None:
+                self._run.close()
+
+    def _compile_blocks(self) -> None:
+        if self._config.compile == "blocks" and self._forward is self._model:
+            modules = [block for run in block_runs(self._model) for block in run]
+            self._blocks.enter_context(compiled(modules))
+
+    def _compile_more(self) -> None:
+        """A model that makes the host wait may not do so compiled as a whole; if it still does, as it was."""
+        assert self._run is not None
+        assert self._run.graphs is not None
+        graphs = self._run.graphs
+        if self._forward is self._model and self._may_compile:
+            self._blocks.close()
+            self._forward = torch.compile(self._model)
+            graphs.forget()
+        elif self._forward is not self._model and self._config.compile is not True:
+            self._forward, self._may_compile, graphs.waits = self._model, False, False
+            self._compile_blocks()
+
+    def _started(self, window: list[Any], bad: Tensor) -> tuple[Tensor, Tensor]:
+        c = self._config
+        return device_step(
+            self._forward, window, self._optimizer, self._objective, bad, device=self._device, precision=c.precision,
+            micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm,
+        )  # fmt: skip
 
     def step(self, window: list[Any], total: int | None) -> None:
         """One optimizer step on the batches in `window`, of `total` steps in the run.
@@ -66,46 +123,51 @@ class Stepper:
             factor = lr_factor(progress.step - progress.first_step, total, c.schedule, c.warmup)
             for group, base in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
                 group["lr"] = base * factor
+        number = progress.step + 1
         try:
-            result = train_step(
-                self._forward, window, self._optimizer, self._objective, device=self._device, precision=c.precision,
-                micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm, scaler=self.scaler,
-                before_update=self.settle,
-            )  # fmt: skip
+            loss, samples = self._taken(window, number)
         except ValueError as e:
             if _ONE_SAMPLE not in str(e):
                 raise
             raise InputError(
-                f"step {progress.step + 1}: a batch norm was given a batch of one sample, of which no variance can be "
+                f"step {number}: a batch norm was given a batch of one sample, of which no variance can be "
                 "taken. Use drop_last=True in the loader, or a larger batch (and micro-batch), so that no batch has "
                 "one sample."
             ) from e
-        if isinstance(result.bad, Tensor):
-            if self._verdict is None:
-                self._verdict = torch.empty((), pin_memory=True), torch.cuda.Event()
-            host, event = self._verdict
-            host.copy_(result.bad, non_blocking=True)
-            event.record()
-            self._pending = (progress.step + 1, window)
-        elif result.bad:
-            self._fail(window, progress.step + 1)
-        progress.count(result.loss, len(window), result.samples, time.perf_counter() - began, c.log_every)
+        progress.count(loss, len(window), samples, time.perf_counter() - began, c.log_every)
         if self.scaler is not None and progress.step % c.log_every == 0 and self.scaler.get_scale() < 1:
             self._fail(window, progress.step)
 
+    def _taken(self, window: list[Any], number: int) -> tuple[Tensor, int]:
+        c = self._config
+        if self._run is not None:
+            samples = sum(batch_size(unpack_batch(batch)) for batch in window)
+            loss, bad = self._run.step(number, window)
+            self._refuse(bad)
+            if self._run.graphs is not None and self._run.graphs.waits:
+                self._compile_more()
+            return loss, samples
+        result = train_step(
+            self._forward, window, self._optimizer, self._objective, device=self._device, precision=c.precision,
+            micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm, scaler=self.scaler,
+        )  # fmt: skip
+        if bool(result.bad):
+            self._fail(window, number)
+        return result.loss, result.samples
+
     def settle(self) -> None:
-        """Wait for the verdict on the step before, and raise NonFiniteLossError if it is bad."""
-        if self._pending is not None and self._verdict is not None:
-            step, window = self._pending
-            self._pending = None
-            host, event = self._verdict
-            event.synchronize()
-            if bool(host):
-                self._fail(window, step)
+        """Wait for the steps under way, and raise NonFiniteLossError if one of them is bad."""
+        if self._run is not None:
+            self._refuse(self._run.settle())
+
+    def _refuse(self, bad: BadStep | None) -> None:
+        if bad is not None:
+            self._fail(bad.window, bad.step)
 
     def forget(self) -> None:
-        """Drop a verdict that no longer matters."""
-        self._pending = None
+        """Drop verdicts that no longer matter."""
+        if self._run is not None:
+            self._run.forget()
 
     def check_micro_batch(self, window: list[Any]) -> None:
         """Raise ConfigError if the first batch of an epoch is smaller than a micro-batch."""
@@ -114,10 +176,11 @@ class Stepper:
             raise too_large(micro, size)
 
     def _fail(self, window: list[Any], step: int) -> None:
-        where = first_non_finite(
-            self._model, self._objective, window, device=self._device, precision=self._config.precision,
-            micro_batch_size=self._config.micro_batch_size,
-        )  # fmt: skip
+        with torch.compiler.set_stance("force_eager"):
+            where = first_non_finite(
+                self._model, self._objective, window, device=self._device, precision=self._config.precision,
+                micro_batch_size=self._config.micro_batch_size,
+            )  # fmt: skip
         raise NonFiniteLossError(
             f"step {step} (epoch {self.progress.epoch + 1}): the loss or a gradient is not a finite number: {where}. "
             f"The step was not applied. {advice(self._config.save_dir)} Common ways out: a smaller lr, "

@@ -106,7 +106,9 @@ class Trainer:
             self.callbacks.insert(0, stopping)
         self.resumed = False
         self._objective = Objective(model, loss)
-        self._stepper = Stepper(model, self.optimizer, self._objective, self.config)
+        self._stepper = Stepper(
+            model, self.optimizer, self._objective, self.config, may_compile=given.compile == "auto"
+        )
         self._place: Place | None = None
         self._epoch_start: dict[str, Any] | None = None
         self._whole = True
@@ -172,6 +174,7 @@ class Trainer:
             with preserved_rng(self.device):  # importing rich draws from python's generator
                 advance = stack.enter_context(progress.bar("training", total))
             advance(self.step - self._progress.first_step, "")
+            stack.enter_context(self._stepper.running())
             try:
                 call(overriding(self.callbacks, "on_train_start"), "on_train_start", self)
                 while self.epoch < last_epoch and not self._progress.stopped:
@@ -434,6 +437,8 @@ class Trainer:
         state, c = self._progress, self.config
         state.read()
         loss = self._objective
+        if self._stepper.graphs:
+            self._reasons["cuda_graph"] = self._stepper.graphs
         notes = [f"{name}: {reason}" for name, reason in self._reasons.items()]
         if loss.name:
             notes.append(f"loss: {loss.name}" + (f", chosen for {loss.reason}" if loss.reason else ", as given"))

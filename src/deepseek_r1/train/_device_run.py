@@ -1,0 +1,115 @@
+"""A run of steps on a GPU that the host only starts: graphs, rates, verdicts. Knows no loaders and no files."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._device_step import Feed, Graphs, Outcome
+
+#: Steps that the host may be ahead of the device: enough to never let it wait, few enough to keep their batches.
+_AHEAD = 2
+
+
+class BadStep(NamedTuple):
+    """The first step whose loss or gradient was not finite.
+
+    Attributes:
+        step: its number.
+        window: its batches as the loader gave them.
+    """
+
+    step: int
+    window: list[Any]
+
+
+class DeviceRun:
+    """Steps on one CUDA device, started on a stream of their own.
+
+    A step that is not finite leaves the parameters alone, and so do those behind it, until the host has read that.
+
+    Args:
+        run: a step on a window of batches on the device, given the scalar that is set when a step was not finite.
+        optimizer: one that can leave out an update by such a scalar; its rates become tensors until `close`.
+        graphs: whether steps are recorded and replayed.
+    """
+
+    def __init__(
+        self, run: Callable[[list[Any], Tensor], Outcome], optimizer: Optimizer, device: torch.device, *, graphs: bool
+    ) -> None:
+        self._optimizer, self._device = optimizer, device
+        self._stream, self._feed = torch.cuda.Stream(device), Feed(device)
+        self._bad = torch.zeros((), device=device)
+        self._run: Callable[[list[Any]], Outcome] = lambda window: run(window, self._bad)
+        self._pending: deque[tuple[BadStep, Tensor, torch.cuda.Event]] = deque()
+        self._free = [(torch.zeros((), pin_memory=True), torch.cuda.Event()) for _ in range(_AHEAD + 1)]
+        self._rates = [torch.tensor(float(group["lr"]), device=device) for group in optimizer.param_groups]
+        self._capturable = [group.get("capturable") for group in optimizer.param_groups]
+        self.graphs = Graphs(self._run) if graphs else None
+        if graphs:
+            self._make_recordable()
+
+    def _make_recordable(self) -> None:
+        """A recorded step reads its rate and its count of steps from the device."""
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+            if "capturable" in group:
+                group["capturable"] = True
+        # Steps that are not recorded are taken too, which torch would warn of.
+        self._optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
+
+    def step(self, number: int, window: list[Any]) -> tuple[Tensor, BadStep | None]:
+        """Start a step: its loss, and a bad step among those that have ended meanwhile."""
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            self._take_rates()
+            moved = self._feed(window)
+            loss, bad = self._run(moved) if self.graphs is None else self.graphs.step(moved)
+            host, event = self._free.pop()
+            host.copy_(bad, non_blocking=True)
+            event.record()
+        self._pending.append((BadStep(number, window), host, event))
+        here.wait_stream(self._stream)
+        return loss, self.settle(_AHEAD)
+
+    def _take_rates(self) -> None:
+        """Someone may have set a group's rate to a number."""
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            if self.graphs is not None and group["lr"] is not rate:
+                rate.fill_(float(group["lr"]))
+                group["lr"] = rate
+
+    def settle(self, ahead: int = 0) -> BadStep | None:
+        """Wait until at most `ahead` steps are under way; the first bad one among the others."""
+        while len(self._pending) > ahead:
+            step, host, event = self._pending.popleft()
+            event.synchronize()
+            self._free.append((host, event))
+            if float(host):
+                self.forget()
+                return step
+        return None
+
+    def forget(self) -> None:
+        """Drop verdicts that no longer matter."""
+        self._free += [(host, event) for _, host, event in self._pending]
+        self._pending.clear()
+        self._bad.zero_()
+
+    def close(self) -> None:
+        """Free the graphs, and put the optimizer's rates back as numbers."""
+        if self.graphs is None:
+            return
+        self.graphs.forget()
+        for group, rate, capturable in zip(
+            self._optimizer.param_groups, self._rates, self._capturable, strict=True
+        ):  # fmt: skip
+            group["lr"] = float(rate) if group["lr"] is rate else group["lr"]
+            if capturable is not None:
+                group["capturable"] = capturable

@@ -1,0 +1,215 @@
+"""Steps that the host only starts: what a GPU runs, here on the CPU with a stand-in for its graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deepseek_r1 import TrainingConfig
+from deepseek_r1.core import ConfigError
+from deepseek_r1.train import Objective, resolve, train_step
+from deepseek_r1.train._blocks import block_runs, compiled, share_in_blocks
+from deepseek_r1.train._config import _choose_compile
+from deepseek_r1.train._device_step import Graphs, device_step, signature
+
+CPU = torch.device("cpu")
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def _window(seed: int, size: int = 6) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator))]
+
+
+def _runner(model: nn.Module, clip: float | None = None) -> tuple[Callable[[list[Any]], Any], Tensor]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    objective, bad = Objective(model), torch.zeros(())
+
+    def run(window: list[Any]) -> Any:
+        return device_step(
+            model, window, optimizer, objective, bad,
+            device=CPU, precision="fp32", micro_batch_size=None, clip_grad_norm=clip,
+        )  # fmt: skip
+
+    return run, bad
+
+
+def _parameters(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("clip", [None, 0.05, 100.0])
+def test_a_started_step_is_the_plain_step(clip: float | None) -> None:
+    mine, plain = _net(), _net()
+    run, bad = _runner(mine, clip)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, fused=True)
+    objective = Objective(plain)
+    for seed in range(5):
+        loss, _ = run(_window(seed))
+        expected = train_step(plain, _window(seed), optimizer, objective, clip_grad_norm=clip)
+        torch.testing.assert_close(loss, expected.loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(_parameters(mine), _parameters(plain), rtol=1e-5, atol=1e-6)
+    assert not bool(bad)
+
+
+def test_a_bad_step_and_those_behind_it_change_nothing_until_it_was_read() -> None:
+    model = _net()
+    run, bad = _runner(model)
+    run(_window(0))
+    before = _parameters(model)
+    spoilt = _window(1)
+    spoilt[0][0][2, 1] = float("nan")
+    run(spoilt)
+    run(_window(2))
+    assert bool(bad)
+    torch.testing.assert_close(_parameters(model), before, rtol=0, atol=0)
+    bad.zero_()
+    run(_window(3))
+    assert not torch.equal(_parameters(model)[0], before[0])
+
+
+class _Recorder:
+    """Like a CUDA graph: does nothing while it records, and gives its results in the same tensors ever after."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.replays = fails, 0
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        results = torch.full((), torch.nan), torch.full((), torch.nan)
+
+        def again() -> None:
+            self.replays += 1
+            for mine, new in zip(results, function(), strict=True):
+                mine.copy_(new)
+
+        return again, results
+
+
+def test_recorded_steps_are_the_same_steps() -> None:
+    model, plain = _net(), _net()
+    run, _ = _runner(model)
+    by_hand, _ = _runner(plain)
+    recorder = _Recorder()
+    graphs = Graphs(run, recorder)
+    sizes = [6, 6, 6, 6, 2, 6, 3, 6, 6, 3, 3, 3]
+    losses = [float(graphs.step(_window(seed, size))[0]) for seed, size in enumerate(sizes)]
+    assert losses == [float(by_hand(_window(seed, size))[0]) for seed, size in enumerate(sizes)]
+    torch.testing.assert_close(_parameters(model), _parameters(plain), rtol=0, atol=0)
+    # Two steps of a shape are run before it is recorded; the size that came once is not.
+    assert (graphs.recorded, recorder.replays, graphs.refused) == (2, 7, "")
+
+
+def test_the_losses_of_replays_do_not_overwrite_each_other() -> None:
+    run, _ = _runner(_net())
+    graphs = Graphs(run, _Recorder())
+    losses = [graphs.step(_window(0))[0] for _ in range(5)]
+    values = [float(loss) for loss in losses]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == 5
+
+
+def test_what_cannot_be_recorded_is_run() -> None:
+    model, plain = _net(), _net()
+    run, _ = _runner(model)
+    by_hand, _ = _runner(plain)
+    graphs = Graphs(run, _Recorder(fails=True))
+    for seed in range(4):
+        assert float(graphs.step(_window(seed))[0]) == float(by_hand(_window(seed))[0])
+    assert graphs.refused == (
+        "the step could not be recorded: RuntimeError: operation not permitted when stream is capturing"
+    )
+    assert graphs.recorded == 0
+
+
+def test_shapes_beyond_the_limit_are_run() -> None:
+    run, _ = _runner(_net())
+    graphs = Graphs(run, _Recorder())
+    for size in range(2, 14):
+        for seed in range(3):
+            graphs.step(_window(seed, size))
+    assert graphs.recorded == 8
+
+
+def test_a_graph_depends_on_shapes_types_and_plain_values() -> None:
+    window = [({"a": torch.zeros(2, 3), "causal": True}, torch.zeros(2))]
+    same = [({"a": torch.ones(2, 3), "causal": True}, torch.ones(2))]
+    assert signature(window) == signature(same)
+    for other in (
+        [({"a": torch.zeros(2, 4), "causal": True}, torch.zeros(2))],
+        [({"a": torch.zeros(2, 3).long(), "causal": True}, torch.zeros(2))],
+        [({"a": torch.zeros(2, 3), "causal": False}, torch.zeros(2))],
+        [({"b": torch.zeros(2, 3), "causal": True}, torch.zeros(2))],
+        window * 2,
+    ):
+        assert signature(other) != signature(window)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int = 4, out: int = 4) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 8), nn.Linear(8, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def test_blocks_are_found() -> None:
+    stage = nn.Sequential(_Block(3), _Block(), _Block())
+    model = nn.ModuleDict(
+        {"stem": nn.Linear(3, 3), "stages": nn.Sequential(stage, nn.Sequential(_Block(), _Block(4, 2)))}
+    )
+    runs = block_runs(model)
+    assert [len(run) for run in runs] == [3], "the second stage has no two alike"
+    assert 0.5 < share_in_blocks(model, runs) < 1
+    assert block_runs(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))) == [], "single layers are no blocks"
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3, enable_nested_tensor=False
+    )
+    assert [len(run) for run in block_runs(nn.ModuleList([encoder]))] == [3]
+
+
+def test_blocks_are_compiled_in_place_and_back() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(_Block(), _Block()))
+    names = list(model.state_dict())
+    x = torch.randn(5, 3)
+    expected = model(x)
+    counted: list[int] = []
+
+    def backend(module: Any, _: Any) -> Any:
+        counted.append(1)
+        return module
+
+    blocks = [block for run in block_runs(model) for block in run]
+    with compiled(blocks, backend=backend):
+        torch.testing.assert_close(model(x), expected)
+        assert list(model.state_dict()) == names
+    assert len(counted) == 1, "blocks alike share what was compiled"
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    assert all(block._compiled_call_impl is None for block in blocks)
+
+
+def test_what_auto_compiles() -> None:
+    repeated = nn.Sequential(*[_Block() for _ in range(4)])
+    assert _choose_compile(torch.device("cuda"), repeated)[0] == "blocks"
+    chosen, why = _choose_compile(torch.device("cuda"), _net())
+    assert chosen is False
+    assert "0% of the parameters" in why
+    config, _ = resolve(TrainingConfig(device="cpu"), repeated)
+    assert (config.compile, config.cuda_graph) == (False, False)
+
+
+@pytest.mark.parametrize("field", ["compile", "cuda_graph"])
+def test_other_choices_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        TrainingConfig(**{field: "maybe"})
