@@ -147,3 +147,51 @@ def onnx_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def hf() -> Any:
+    """transformers, the oracle for reference models."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers")
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+@pytest.fixture
+def both_ways(tmp_path: Path) -> Callable[..., tuple[nn.Module, nn.Module]]:
+    """A model of transformers -> (ours from its files, transformers' again from the files that ours writes)."""
+
+    def convert(theirs: nn.Module, ours: Any, **changes: Any) -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            # Ones and zeros of fresh norms and biases would hide what is swapped or forgotten.
+            for name, tensor in theirs.state_dict().items():
+                if tensor.is_floating_point():
+                    tensor.add_(0.1 * (torch.rand_like(tensor) if "running_var" in name else torch.randn_like(tensor)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs.eval().save_pretrained(tmp_path / "theirs")
+            model = ours.from_pretrained(tmp_path / "theirs", **changes)
+            model.save_pretrained(tmp_path / "ours")
+            again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        return model, again.eval()
+
+    return convert
+
+
+@pytest.fixture
+def same_gradients() -> Callable[[nn.Module, nn.Module, Callable[[str, torch.Tensor], torch.Tensor]], None]:
+    """Every parameter's gradient is the same in both; the function turns ours into the file's form."""
+
+    def compare(ours: nn.Module, theirs: nn.Module, to_file: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        wanted = {name: p.grad for name, p in theirs.named_parameters()}
+        got = {name: to_file(name, p.grad) for name, p in ours.named_parameters()}
+        assert set(got) == set(wanted)
+        for name, grad in got.items():
+            torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+    return compare

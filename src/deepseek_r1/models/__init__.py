@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from ._counting import num_parameters, transformer_flops
 from ._keras_load import load_keras
+from ._losses import classification_loss
 from ._onnx_load import load_onnx
+from ._pretrained import PretrainedModel
 from ._sources import SOURCES, load_factory
 from ._tensorflow_load import load_tensorflow
+from .bert import BERTConfig, BERTForSequenceClassification
 from .digits import DigitsNet
 
-__all__ = ["SOURCES", "DigitsNet", "load_factory", "load_keras", "load_onnx", "load_tensorflow"]
+__all__ = [
+    "SOURCES",
+    "BERTConfig",
+    "BERTForSequenceClassification",
+    "DigitsNet",
+    "PretrainedModel",
+    "classification_loss",
+    "load_factory",
+    "load_keras",
+    "load_onnx",
+    "load_tensorflow",
+    "num_parameters",
+    "transformer_flops",
+]

@@ -1,5 +1,5 @@
-"""Operators as plain functions on tensors: the door for operators written in C++, packed integers, and
-kernels for products of integers. Knows no layers.
+"""Operators as plain functions on tensors: the door for operators written in C++, packed integers,
+kernels for products of integers, and losses. Knows no layers.
 
 After `register_custom_op("swish", path)` this package has the operator as `swish` and as the module `Swish`.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from ._bound import BoundOp
 from ._build import BuildError, MissingCompilerError, build_op, include_dir
 from ._integer_linear import FUNCTIONS, ISAS, MOST_INPUTS, integer_linear, pack_int4, pack_int8
+from ._linear_cross_entropy import linear_cross_entropy
 from ._library import Attribute, Description, describe
 from ._native import native_library, native_missing, native_problem
 from ._packing import pack_uint4, unpack_uint4
@@ -35,6 +36,7 @@ __all__ = [
     "include_dir",
     "integer_linear",
     "libraries",
+    "linear_cross_entropy",
     "native_library",
     "native_missing",
     "native_problem",

@@ -1,0 +1,74 @@
+"""The losses that models compute when they are given labels. Knows no architecture."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core import InputError
+
+IGNORED = -100
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -> Tensor:
+    """The loss of a classifier, in fp32 or wider.
+
+    Without a `problem_type` it is told from shapes and types: one output a sample is a regression (mean squared
+    error), integer labels are classes (cross entropy, -100 does not count), boolean or floating labels of the logits'
+    shape are a yes or no for each class (binary cross entropy).
+
+    Args:
+        logits: [..., K].
+        labels: integers [...]; or numbers or booleans of the logits' shape ([...] too where K is 1).
+
+    Raises:
+        InputError: the labels fit none of these.
+
+    Example:
+        >>> classification_loss(torch.zeros(2, 4), torch.tensor([0, 3])).item() == torch.tensor(4.0).log().item()
+        True
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    kind = problem_type or _kind(logits, labels)
+    if kind == "single_label_classification":
+        if labels.shape != logits.shape[:-1] or labels.is_floating_point():
+            raise _misfit(logits, labels)
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=IGNORED)
+    if labels.shape != logits.shape and not (logits.shape[-1] == 1 and labels.shape == logits.shape[:-1]):
+        raise _misfit(logits, labels)
+    targets = labels.reshape(logits.shape).to(logits.dtype)
+    if kind == "regression":
+        return F.mse_loss(logits, targets)
+    return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+def _kind(logits: Tensor, labels: Tensor) -> str:
+    if logits.shape[-1] == 1:
+        return "regression"
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        return "multi_label_classification"
+    return "single_label_classification"
+
+
+def _misfit(logits: Tensor, labels: Tensor) -> InputError:
+    return InputError(
+        f"labels {tuple(labels.shape)} of {labels.dtype} with logits {tuple(logits.shape)}: give class numbers "
+        f"{tuple(logits.shape[:-1])}, or numbers or booleans {tuple(logits.shape)}."
+    )
+
+
+def next_tokens(labels: Tensor, sequence_ids: Tensor | None) -> Tensor:
+    """For each position the label of the next one, -100 at a text's last token: [B, L] -> [B, L].
+
+    With `sequence_ids` a packed sequence does not predict the one behind it, and padding (id 0) predicts nothing.
+
+    Example:
+        >>> next_tokens(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[1, 1, 2, 2]])).tolist()
+        [[6, -100, 8, -100]]
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if sequence_ids is None:
+        return following
+    same = (F.pad(sequence_ids[:, 1:], (0, 1)) == sequence_ids) & (sequence_ids != 0)
+    return torch.where(same, following, IGNORED)
