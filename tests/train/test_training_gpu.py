@@ -138,3 +138,99 @@ def test_a_step_does_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     trainer._stepper.settle()
+
+
+class Times(nn.Module):
+    """A network of repeated blocks without dropout, which can be made to wait for the GPU."""
+
+    def __init__(self, waits=False):
+        super().__init__()
+        torch.manual_seed(0)
+        block = lambda: nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))  # noqa: E731
+        self.blocks, self.head, self.waits = nn.Sequential(*[block() for _ in range(4)]), nn.Linear(16, 2), waits
+
+    def forward(self, x):
+        if self.waits and not torch.compiler.is_compiling() and bool(x.sum() > 1e9):
+            x = x + 1
+        return self.head(self.blocks(x))
+
+
+def wide(n=12, size=32, bad=None):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, size, 16, generator=g)
+    if bad is not None:
+        x[bad, 3, 1] = math.nan
+    return [(x[i], (x[i].sum(dim=1) > 0).long()) for i in range(n)]
+
+
+def trained(data, epochs=2, model=None, **options):
+    model = model or Times()
+    config = TrainingConfig(precision="fp32", log_every=1, seed=0, **options)
+    trainer = Trainer(model, data, lr=1e-2, config=config)
+    return trainer, trainer.train(epochs=epochs)
+
+
+def test_recorded_and_compiled_steps_are_the_eager_ones():
+    data = wide() + wide(1, size=7)
+    for extra in ({}, {"clip_grad_norm": 0.1}, {"schedule": "cosine", "warmup": 5}, {"gradient_accumulation_steps": 2}):
+        mine, report = trained(data, **extra)
+        plain, _ = trained(data, compile=False, cuda_graph=False, **extra)
+        assert mine.config.compile == "blocks"
+        assert any("whole steps, for 1 shape" in note for note in report.notes)
+        torch.testing.assert_close([v for _, v in mine.losses], [v for _, v in plain.losses], rtol=1e-4, atol=1e-5)
+        for one, other in zip(weights(mine.model), weights(plain.model)):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        assert all(isinstance(g["lr"], float) and not g["capturable"] for g in mine.optimizer.param_groups)
+
+
+def test_a_bad_step_in_a_recorded_run_is_never_applied():
+    for bad in (1, 2, 3, 8, 11):
+        good, _ = trained(wide(bad), epochs=1)
+        model = Times()
+        with pytest.raises(NonFiniteLossError, match=rf"step {bad + 1} .*batch's inputs"):
+            trained(wide(bad=bad), epochs=1, model=model)
+        for one, other in zip(weights(model), weights(good.model)):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_waits_is_compiled_as_a_whole_and_else_not_recorded():
+    mine, report = trained(wide(), model=Times(waits=True))
+    assert any("compiled as a whole" in note and "whole steps, for 1" in note for note in report.notes)
+    given, report = trained(wide(), model=Times(waits=True), compile=False)
+    assert any("cuda_graph: not used: the step waits for the GPU, at" in note for note in report.notes)
+    torch.testing.assert_close([v for _, v in mine.losses], [v for _, v in given.losses], rtol=1e-4, atol=1e-5)
+
+
+def test_a_loader_pins_batches_while_a_step_is_recorded():
+    data = TensorDataset(torch.randn(4096, 16), torch.randint(0, 2, (4096,)))
+    loader = DataLoader(data, 32, num_workers=2, pin_memory=True)
+    _, report = trained(loader, epochs=1)
+    assert any("whole steps, for 1 shape" in note for note in report.notes)
+
+
+def test_a_recorded_run_goes_on_after_a_checkpoint(tmp_path):
+    whole, _ = trained(wide(), epochs=3)
+    first = Trainer(
+        Times(), wide(), lr=1e-2,
+        config=TrainingConfig(precision="fp32", log_every=1, seed=0, save_dir=str(tmp_path), save_every_steps=7),
+    )  # fmt: skip
+
+    class Stop(Callback):
+        def on_step_end(self, trainer):
+            if trainer.step == 19:
+                trainer.stop("enough")
+
+    first.callbacks.append(Stop())
+    first.train(epochs=3)
+    second = Trainer(Times(), wide(), lr=1e-2, config=first.config)
+    second.resume()
+    second.train(epochs=3)
+    torch.testing.assert_close([v for _, v in second.losses], [v for _, v in whole.losses], rtol=1e-4, atol=1e-5)
+
+
+def test_memory_is_free_after_a_run():
+    before = torch.cuda.memory_allocated()
+    model = Times()
+    trainer, _ = trained(wide(size=512), model=model)
+    del trainer
+    assert torch.cuda.memory_allocated() - before < 2**20

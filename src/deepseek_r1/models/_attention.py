@@ -38,9 +38,7 @@ def check_tokens(input_ids: Tensor, longest: int, **others: Tensor | None) -> No
             )
 
 
-def which_sees_which(
-    attention_mask: Tensor | None, sequence_ids: Tensor | None, *, causal: bool
-) -> Tensor | None:
+def which_sees_which(attention_mask: Tensor | None, sequence_ids: Tensor | None, *, causal: bool) -> Tensor | None:
     """True where a query (dimension 2) may look at a key (dimension 3): [B, 1, L or 1, L]; None: no mask is needed.
 
     Without a mask a causal model gives `is_causal` to the attention, whose fast kernels then skip half of the work.
@@ -107,6 +105,19 @@ def attend(
         enable_gqa=groups > 1 and seen is None,
     )
     return y_BNLH.transpose(1, 2).flatten(2)
+
+
+def side_by_side(x: Tensor, *parts: nn.Module) -> tuple[Tensor, ...]:
+    """What several linear layers make of the same input, [..., D] -> [..., N] each.
+
+    One product with their weights joined: three narrow ones do not fill a GPU. Layers that are more than a plain
+    `nn.Linear` (adapters, hooks, quantised ones), or are not being trained, are called one by one.
+    """
+    joined = [part for part in parts if type(part) is nn.Linear and not part._forward_hooks and part.training]
+    if len(joined) < len(parts) or not x.is_cuda or any(part.bias is None for part in joined):
+        return tuple(part(x) for part in parts)
+    weight, bias = torch.cat([part.weight for part in joined]), torch.cat([part.bias for part in joined])
+    return F.linear(x, weight, bias).split([part.out_features for part in joined], -1)
 
 
 def split_heads(x_BLD: Tensor, head_size: int) -> Tensor:

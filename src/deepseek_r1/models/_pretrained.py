@@ -154,7 +154,11 @@ class PretrainedModel(nn.Module, Generic[C]):
                 f"first {changed[0]!r}. Merge or remove what was put into it, then save."
             )
         kind = next(t.dtype for t in state.values() if t.is_floating_point())
-        config = {**self.config.to_hf(), "architectures": [self.architecture], "dtype": str(kind).removeprefix("torch.")}
+        config = {
+            **self.config.to_hf(),
+            "architectures": [self.architecture],
+            "dtype": str(kind).removeprefix("torch."),
+        }
         tensors = {name: self.to_file(name, tensor) for name, tensor in state.items()}
         write_model(Path(directory), config, tensors, shard_bytes)
         return Path(directory)
@@ -242,7 +246,11 @@ class _Fitting:
         report.add("tensors read", len(self.state))
         report.add("parameters", sum(p.numel() for p in self.model.parameters()))
         for head in new:
-            why = "the file's has another size" if any(k.startswith(head + ".") for k in self.misshapen) else "not in the file"
+            why = (
+                "the file's has another size"
+                if any(k.startswith(head + ".") for k in self.misshapen)
+                else "not in the file"
+            )
             report.note(f"{head} is new, with random weights: {why}. Train it before use.")
         report.facts["new"] = new
         if self.unused:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core import InputError
-from ._attention import attend, check_tokens, packed_positions, split_heads, which_sees_which
+from ._attention import attend, check_tokens, packed_positions, side_by_side, split_heads, which_sees_which
 from ._counting import linear_weights, transformer_flops
 from ._losses import classification_loss
+from ._norms import LayerNorm
 from ._pretrained import PretrainedModel
 from ._settings import ACTIVATIONS, ClassifierConfig
 
@@ -91,7 +92,7 @@ class BERTEmbeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
-        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.reset_buffers(self.word_embeddings.weight.device)
 
@@ -122,7 +123,7 @@ class BERTSelfAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor, seen: Tensor | None) -> Tensor:
         """The heads' answers, side by side."""
-        q, k, v = (split_heads(part(x_BLD), self.head_size) for part in (self.query, self.key, self.value))
+        q, k, v = (split_heads(y, self.head_size) for y in side_by_side(x_BLD, self.query, self.key, self.value))
         return attend(q, k, v, seen, dropout=self.dropout if self.training else 0.0)
 
 
@@ -132,7 +133,7 @@ class BERTOutput(nn.Module):
     def __init__(self, config: BERTConfig, in_features: int) -> None:
         super().__init__()
         self.dense = nn.Linear(in_features, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, y: Tensor, x_BLD: Tensor) -> Tensor:
