@@ -11,13 +11,28 @@ from ._sources import SOURCES, load_factory
 from ._tensorflow_load import load_tensorflow
 from .bert import BERTConfig, BERTForSequenceClassification
 from .digits import DigitsNet
+from .gpt2 import GPT2, GPT2Config
+from .llama import Llama, LlamaConfig
+from .mobilenet_v2 import MobileNetV2, MobileNetV2Config
+from .resnet import ResNet, ResNetConfig
+from .vit import ViT, ViTConfig
 
 __all__ = [
+    "GPT2",
     "SOURCES",
     "BERTConfig",
     "BERTForSequenceClassification",
     "DigitsNet",
+    "GPT2Config",
+    "Llama",
+    "LlamaConfig",
+    "MobileNetV2",
+    "MobileNetV2Config",
     "PretrainedModel",
+    "ResNet",
+    "ResNetConfig",
+    "ViT",
+    "ViTConfig",
     "classification_loss",
     "load_factory",
     "load_keras",
