@@ -78,7 +78,11 @@ def test_packed_texts_do_not_see_each_other():
     model = small()
     texts = [torch.randint(1, 60, (n,)) for n in (4, 6, 3, 5)]
     kinds = [torch.randint(0, 2, t.shape) for t in texts]
-    rows, ids, types = torch.zeros(2, 12, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long), torch.zeros(2, 12).long()
+    rows, ids, types = (
+        torch.zeros(2, 12, dtype=torch.long),
+        torch.zeros(2, 12, dtype=torch.long),
+        torch.zeros(2, 12).long(),
+    )
     for row, start, number, text in ((0, 0, 1, 0), (0, 4, 2, 1), (1, 0, 1, 2), (1, 3, 2, 3)):
         place = slice(start, start + len(texts[text]))
         rows[row, place], ids[row, place], types[row, place] = texts[text], number, kinds[text]

@@ -13,7 +13,15 @@ LLAMA = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 48, "max_position_embeddings": 24,
 }  # fmt: skip
-GPT = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "bos_token_id": 0, "eos_token_id": 0}
+GPT = {
+    "vocab_size": 60,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 24,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -31,7 +39,7 @@ CASES = {
     ),
     "llama, linear": (
         Llama, "LlamaForCausalLM", "LlamaConfig",
-        {**LLAMA, "num_key_value_heads": 4, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {**LLAMA, "num_key_value_heads": 4, "rope_parameters": {**LLAMA3, "rope_type": "linear", "factor": 2.0}},
     ),
     "gpt2": (GPT2, "GPT2LMHeadModel", "GPT2Config", GPT),
     "gpt2, untied, scaled": (

@@ -29,7 +29,9 @@ CASES = {
     "mobilenet, dilated": (
         MobileNetV2, "MobileNetV2", {**MOBILE, "output_stride": 8, "first_layer_is_expansion": False}, 32,
     ),
-    "mobilenet, symmetric padding": (MobileNetV2, "MobileNetV2", {**MOBILE, "tf_padding": False, "hidden_act": "relu"}, 48),
+    "mobilenet, symmetric padding": (
+        MobileNetV2, "MobileNetV2", {**MOBILE, "tf_padding": False, "hidden_act": "relu"}, 48,
+    ),
 }  # fmt: skip
 
 
@@ -73,11 +75,13 @@ def test_gradients_and_running_statistics_in_training(pair, same_gradients, case
         out = model(images.double(), labels=labels)
         out["loss"].backward()
     same_gradients(ours, theirs, lambda _, grad: grad)
-    for name, tensor in ours.state_dict().items():
-        torch.testing.assert_close(tensor, theirs.state_dict()[name.replace("vit.encoder.layer", "vit.encoder.layer")])
+    for name, tensor in ours.named_buffers():
+        torch.testing.assert_close(tensor, theirs.get_buffer(name))
 
 
-@pytest.mark.parametrize("case", ["vit", "resnet, bottleneck", "mobilenet"])
+@pytest.mark.parametrize(
+    "case", ["vit", "resnet, bottleneck", pytest.param("mobilenet", marks=pytest.mark.slow)]
+)
 def test_it_compiles_into_one_graph(case):
     kind, _, sizes, side = CASES[case]
     torch.manual_seed(0)
@@ -116,7 +120,9 @@ def test_the_trainer_trains_one():
     labels = torch.arange(48) % 2
     images[labels == 1, :, :8] += 1.5
     batches = list(zip(images.split(12), labels.split(12), strict=True))
-    model = ResNet(ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1), layer_type="basic"))
+    model = ResNet(
+        ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1), layer_type="basic")
+    )
     trainer = Trainer(model, batches, batches, lr=1e-2)
     trainer.train(epochs=4)
     assert trainer.evaluate()["accuracy"] > 0.9

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 
 import pytest
 import torch
@@ -95,7 +94,7 @@ def test_pickled_weights_are_tensors_alone(saved):
         def __reduce__(self):
             return print, ("boom",)
 
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Bomb()}))
+    torch.save({"a": Bomb()}, folder / "pytorch_model.bin")
     with pytest.raises(UnsafeFileError, match="was not opened"):
         load(folder)
     (folder / "pytorch_model.bin").unlink()
@@ -156,7 +155,10 @@ def test_damaged_weights(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("bert.embeddings.LayerNorm.bias"), r"1 missing, first: bert\.embeddings\.LayerNorm\.bias \[8\]"),
+        (
+            lambda t: t.pop("bert.embeddings.LayerNorm.bias"),
+            r"1 missing, first: bert\.embeddings\.LayerNorm\.bias \[8\]",
+        ),
         (lambda t: t.update(extra=torch.zeros(2)), r"1 unknown, first: extra \[2\]"),
         (
             lambda t: t.update({"bert.pooler.dense.weight": torch.zeros(8, 9)}),
@@ -186,7 +188,7 @@ def test_a_head_of_another_size_is_new_when_asked_for(saved):
     data = json.loads((folder / "config.json").read_text())
     data["id2label"] = {"0": "x", "1": "y"}
     (folder / "config.json").write_text(json.dumps(data))
-    with pytest.raises(ArtifactError, match=r"classifier\.weight is \[3, 8\], expected \[2, 8\]"):
+    with pytest.raises(ArtifactError, match=r"2 of another shape, first: classifier\.bias is \[3\], expected \[2\]"):
         load(folder)
 
 
@@ -207,7 +209,9 @@ def test_files_of_a_body_alone(hf, tmp_path):
     bert.save_pretrained(tmp_path / "bert")
     model = load(tmp_path / "bert")
     assert model.load_report.facts["new"] == ["classifier", "bert.pooler"]
-    gpt2 = hf.GPT2Model(hf.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)).eval()
+    gpt2 = hf.GPT2Model(
+        hf.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    ).eval()
     gpt2.save_pretrained(tmp_path / "gpt2")
     ours = GPT2.from_pretrained(tmp_path / "gpt2")
     wanted = gpt2(IDS).last_hidden_state
@@ -273,7 +277,15 @@ def test_keys_that_nothing_reads_are_reported(saved):
 def test_a_changed_module_is_not_saved(saved, tmp_path):
     model, _ = saved
     model.classifier = torch.nn.Sequential(torch.nn.Linear(8, 3))
-    with pytest.raises(InputError, match=r"no plain BERTForSequenceClassification any more: 4 tensors.*classifier\.0\.bias"):
+    with pytest.raises(
+        InputError,
+        match=r"no plain BERTForSequenceClassification of its config any more: 4 tensors.*classifier\.0\.bias",
+    ):
+        model.save_pretrained(tmp_path / "changed")
+    model.classifier = torch.nn.Linear(8, 4)
+    with pytest.raises(
+        InputError, match=r"2 tensors were added, are gone or have another shape, first 'classifier\.bias'"
+    ):
         model.save_pretrained(tmp_path / "changed")
     assert not (tmp_path / "changed").exists()
 
@@ -285,3 +297,16 @@ def test_loading_needs_no_second_copy(tmp_path):
     # The file can go: nothing is mapped from it.
     (folder / "model.safetensors").write_bytes(b"")
     assert model(IDS).isfinite().all()
+
+
+def test_the_source_reads_the_architecture(saved, tmp_path):
+    import deepseek_r1 as dr1
+
+    model, folder = saved
+    assert torch.equal(dr1.load_model(f"hf:{folder}")(IDS), model(IDS))
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, "model_type": "mamba"}))
+    with pytest.raises(InputError, match="type 'mamba'; those here are bert, gpt2, llama"):
+        dr1.load_model(f"hf:{folder}")
+    with pytest.raises(InputError, match=r"not found on this machine.*models--openai-community--gpt2"):
+        dr1.load_model("hf:gpt2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._counting import num_parameters, transformer_flops
+from ._hf_load import load_hf
 from ._keras_load import load_keras
 from ._losses import classification_loss
 from ._onnx_load import load_onnx
@@ -35,6 +36,7 @@ __all__ = [
     "ViTConfig",
     "classification_loss",
     "load_factory",
+    "load_hf",
     "load_keras",
     "load_onnx",
     "load_tensorflow",

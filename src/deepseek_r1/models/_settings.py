@@ -190,14 +190,12 @@ class ClassifierConfig(ModelConfig):
 
 
 #: What every config.json may have and no output depends on.
-_BOOKKEEPING = frozenset(
-    """
-    _name_or_path architectures auto_map chunk_size_feed_forward dtype id2label label2id model_type
-    output_attentions output_hidden_states return_dict task_specific_params torch_dtype torchscript
-    transformers_version use_cache bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
-    gradient_checkpointing
-    """.split()
-)
+_KEYS = """
+    _name_or_path architectures auto_map chunk_size_feed_forward dtype id2label label2id model_type output_attentions
+    output_hidden_states return_dict task_specific_params torch_dtype torchscript transformers_version use_cache
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id gradient_checkpointing
+"""
+_BOOKKEEPING = frozenset(_KEYS.split())
 
 
 def _is_count(value: Any) -> bool:

@@ -70,7 +70,9 @@ def _snapshot(folder: Path) -> Path | None:
             return named
     found = [p for p in folder.glob("snapshots/*") if (p / CONFIG).is_file()]
     if len(found) > 1:
-        raise InputError(f"{folder} holds several snapshots and no refs/main; give one's path: {', '.join(map(str, found))}.")
+        raise InputError(
+            f"{folder} holds several snapshots and no refs/main; give one's path: {', '.join(map(str, found))}."
+        )
     return found[0] if found else None
 
 
@@ -140,7 +142,9 @@ def _pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        raise UnsafeFileError(f"{path} holds more than tensors, and opening it could run code. It was not opened.") from e
+        raise UnsafeFileError(
+            f"{path} holds more than tensors, and opening it could run code. It was not opened."
+        ) from e
     except (RuntimeError, EOFError, ValueError, OSError) as e:
         raise ArtifactError(f"{path} is damaged: {type(e).__name__}: {e}") from e
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):

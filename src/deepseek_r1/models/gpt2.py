@@ -51,9 +51,11 @@ class GPT2Config(ModelConfig):
     model_type: ClassVar[str] = "gpt2"
     only: ClassVar[Mapping[str, Any]] = {"add_cross_attention": (False,)}
     unused: ClassVar[frozenset[str]] = frozenset(
-        "n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels summary_type "
-        "summary_use_proj".split()
-    )
+        {
+            "n_ctx", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+            "summary_type", "summary_use_proj",
+        }
+    )  # fmt: skip
 
     vocab_size: int = 50257
     n_positions: int = 1024

@@ -97,7 +97,9 @@ class LlamaConfig(ModelConfig):
         else:
             self.check_counts("head_dim")
         if self.head_size % 2:
-            raise ConfigError(f"LlamaConfig: the size of a head is {self.head_size}; rotary positions need an even one.")
+            raise ConfigError(
+                f"LlamaConfig: the size of a head is {self.head_size}; rotary positions need an even one."
+            )
         self.check_activation("hidden_act")
         self.check_shares("attention_dropout")
         self.check_flags("attention_bias", "mlp_bias", "tie_word_embeddings")
@@ -109,7 +111,7 @@ class LlamaConfig(ModelConfig):
         scaling = self.rope_scaling
         if scaling is None:
             return
-        kind = scaling.get("rope_type") if isinstance(scaling, Mapping) else None
+        kind = str(scaling.get("rope_type")) if isinstance(scaling, Mapping) else ""
         if kind not in ROPE_TYPES:
             self.refuse("rope_scaling", "None or a dict whose rope_type is " + " or ".join(map(repr, ROPE_TYPES)))
         for key in ROPE_TYPES[kind]:

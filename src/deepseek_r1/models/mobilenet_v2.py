@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -109,8 +110,9 @@ def _layer(
     config: MobileNetV2Config, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1,
     dilation: int = 1, activation: bool = True,
 ) -> ConvNorm:  # fmt: skip
-    kind = SameConv2d if config.tf_padding and kernel > 1 else nn.Conv2d
-    padding = 0 if config.tf_padding else (kernel - 1) // 2 * dilation
+    # Without a stride the two kinds of padding are the same.
+    same = config.tf_padding and stride > 1
+    kind, padding = (SameConv2d, 0) if same else (nn.Conv2d, (kernel - 1) // 2 * dilation)
     convolution = kind(
         inputs, outputs, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=False
     )
@@ -164,7 +166,7 @@ class MobileNetV2Body(nn.Module):
         self.conv_stem = MobileNetV2Stem(config, sizes[0])
         self.layer = nn.ModuleList(
             InvertedResidual(config, *around, stride, dilation)
-            for around, (stride, dilation) in zip(zip(sizes, sizes[1:]), _strides(config.output_stride), strict=True)
+            for around, (stride, dilation) in zip(pairwise(sizes), _strides(config.output_stride), strict=True)
         )
         last = 1280 if config.finegrained_output and config.depth_multiplier < 1 else config.channels(1280)
         self.conv_1x1 = _layer(config, sizes[-1], last)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import torch
@@ -147,7 +148,7 @@ class ResNetBody(nn.Module):
         strides = [2 if i or config.downsample_in_first_stage else 1 for i in range(len(config.depths))]
         stages = [
             ResNetStage(config, *around, depth, stride)
-            for around, depth, stride in zip(zip(sizes, sizes[1:]), config.depths, strides, strict=True)
+            for around, depth, stride in zip(pairwise(sizes), config.depths, strides, strict=True)
         ]
         self.encoder = nn.ModuleDict({"stages": nn.ModuleList(stages)})
 

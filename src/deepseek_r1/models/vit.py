@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,9 @@ class ViTConfig(ClassifierConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_counts("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
+        self.check_counts(
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"
+        )
         self.check_heads("hidden_size", "num_attention_heads")
         self.check_activation("hidden_act")
         self.check_shares("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -240,7 +242,8 @@ class ViT(PretrainedModel[ViTConfig]):
     def flops_per_sample(self) -> float:
         """Operations of a training step for each image; see `transformer_flops`."""
         config, length = self.config, self.config.num_patches + 1
-        patches = self.vit.embeddings.patch_embeddings["projection"].weight.numel() * config.num_patches
+        patch = config.patch_sides[0] * config.patch_sides[1] * config.num_channels
+        patches = config.num_patches * patch * config.hidden_size
         per_token = transformer_flops(
             linear_weights(self.vit.encoder), config.num_hidden_layers, config.hidden_size, length
         )

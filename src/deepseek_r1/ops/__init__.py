@@ -11,8 +11,8 @@ from typing import Any
 from ._bound import BoundOp
 from ._build import BuildError, MissingCompilerError, build_op, include_dir
 from ._integer_linear import FUNCTIONS, ISAS, MOST_INPUTS, integer_linear, pack_int4, pack_int8
-from ._linear_cross_entropy import linear_cross_entropy
 from ._library import Attribute, Description, describe
+from ._linear_cross_entropy import linear_cross_entropy
 from ._native import native_library, native_missing, native_problem
 from ._packing import pack_uint4, unpack_uint4
 from ._register import NAMESPACE, CustomOp, libraries, register_custom_op, registered, registered_names

@@ -77,7 +77,9 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) 
     if labels.shape != hidden.shape[:-1]:
         raise InputError(f"{shapes}: labels must have hidden's shape without its last dimension.")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"bias {tuple(bias.shape)} with weight {tuple(weight.shape)}: a number for each row is needed.")
+        raise InputError(
+            f"bias {tuple(bias.shape)} with weight {tuple(weight.shape)}: a number for each row is needed."
+        )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(f"labels of {labels.dtype}: integers are needed.")
     device = hidden.device.type
