@@ -34,7 +34,8 @@ def check_tokens(input_ids: Tensor, longest: int, **others: Tensor | None) -> No
     for name, other in others.items():
         if other is not None and other.shape != input_ids.shape:
             raise InputError(
-                f"{name} of shape {tuple(other.shape)} with input_ids of shape {tuple(input_ids.shape)}: they must be equal."
+                f"{name} of shape {tuple(other.shape)} with input_ids of shape {tuple(input_ids.shape)}: they must be "
+                "equal."
             )
 
 
@@ -174,8 +175,9 @@ def rotary_frequencies(head_size: int, theta: float, scaling: Mapping[str, Any] 
     """Angle of one position for each pair of a head, [H / 2].
 
     Args:
-        scaling: None, or {"rope_type": "linear", "factor": f} (positions divided by f), or {"rope_type": "llama3", ...}:
-            long waves are stretched by `factor`, short ones kept, those between blended, as published with Llama 3.1.
+        scaling: None, or {"rope_type": "linear", "factor": f} (positions divided by f), or {"rope_type": "llama3",
+            ...}: long waves are stretched by `factor`, short ones kept, those between blended, as published with
+            Llama 3.1.
     """
     base = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     if scaling is None:

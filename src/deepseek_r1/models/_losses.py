@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import InputError
+from ..ops import linear_cross_entropy
 
 IGNORED = -100
 
@@ -72,3 +73,8 @@ def next_tokens(labels: Tensor, sequence_ids: Tensor | None) -> Tensor:
         return following
     same = (F.pad(sequence_ids[:, 1:], (0, 1)) == sequence_ids) & (sequence_ids != 0)
     return torch.where(same, following, IGNORED)
+
+
+def next_token_loss(hidden_BLD: Tensor, weight_VD: Tensor, labels: Tensor, sequence_ids: Tensor | None) -> Tensor:
+    """The loss of a language model from its last hidden states; labels are the tokens themselves, not shifted."""
+    return linear_cross_entropy(hidden_BLD, weight_VD, next_tokens(labels, sequence_ids), ignore_index=IGNORED)

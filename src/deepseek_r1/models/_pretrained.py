@@ -129,8 +129,9 @@ class PretrainedModel(nn.Module, Generic[C]):
             for name, module in self.get_submodule(head).named_modules(prefix=head):
                 self.init_module(module, name)
         for module in self.modules():
-            if hasattr(module, "reset_buffers"):
-                module.reset_buffers(torch.device("cpu"))
+            reset = getattr(module, "reset_buffers", None)
+            if reset is not None:
+                reset(torch.device("cpu"))
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES) -> Path:
         """Write `config.json` and `model.safetensors` (or shards of at most `shard_bytes`) into a directory.
@@ -147,11 +148,12 @@ class PretrainedModel(nn.Module, Generic[C]):
         state = self.state_dict()
         with torch.device("meta"):
             plain = type(self)(self.config).state_dict()
-        if set(state) != set(plain):
-            changed = sorted(set(state) ^ set(plain))
+        shapes, expected = ({(name, t.shape) for name, t in tensors.items()} for tensors in (state, plain))
+        if changed := sorted({name for name, _ in shapes ^ expected}):
             raise InputError(
-                f"the module is no plain {type(self).__name__} any more: {len(changed)} tensors were added or are gone, "
-                f"first {changed[0]!r}. Merge or remove what was put into it, then save."
+                f"the module is no plain {type(self).__name__} of its config any more: {len(changed)} tensors were "
+                f"added, are gone or have another shape, first {changed[0]!r}. Merge or remove what was put into it, "
+                "or save it as a checkpoint or a Program."
             )
         kind = next(t.dtype for t in state.values() if t.is_floating_point())
         config = {

@@ -93,9 +93,23 @@ class ModelConfig:
     def check_counts(self, *names: str) -> None:
         """Every named field is an integer of at least 1."""
         for name in names:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_count(getattr(self, name)):
                 self.refuse(name, "an integer >= 1")
+
+    def check_counts_of(self, *names: str) -> None:
+        """Every named field is a tuple of integers of at least 1, and not empty."""
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not value or not all(_is_count(v) for v in value):
+                self.refuse(name, "a tuple of integers >= 1")
+
+    def check_sides(self, *names: str) -> None:
+        """Every named field is an integer of at least 1, or two: height and width."""
+        for name in names:
+            value = getattr(self, name)
+            both = isinstance(value, tuple) and len(value) == 2 and all(_is_count(v) for v in value)
+            if not both and not _is_count(value):
+                self.refuse(name, "an integer >= 1, or a tuple of height and width")
 
     def check_shares(self, *names: str) -> None:
         """Every named field is a probability of dropout."""
@@ -176,14 +190,16 @@ class ClassifierConfig(ModelConfig):
 
 
 #: What every config.json may have and no output depends on.
-_BOOKKEEPING = frozenset(
-    """
-    _name_or_path architectures auto_map chunk_size_feed_forward dtype id2label label2id model_type
-    output_attentions output_hidden_states return_dict task_specific_params torch_dtype torchscript
-    transformers_version use_cache bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
-    gradient_checkpointing
-    """.split()
-)
+_KEYS = """
+    _name_or_path architectures auto_map chunk_size_feed_forward dtype id2label label2id model_type output_attentions
+    output_hidden_states return_dict task_specific_params torch_dtype torchscript transformers_version use_cache
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id gradient_checkpointing
+"""
+_BOOKKEEPING = frozenset(_KEYS.split())
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_number(value: Any) -> bool:

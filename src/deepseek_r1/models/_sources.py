@@ -18,6 +18,7 @@ SOURCES = Registry(
     "deepseek_r1.sources",
     {
         "file": "deepseek_r1.models:load_factory",
+        "hf": "deepseek_r1.models:load_hf",
         "keras": "deepseek_r1.models:load_keras",
         "onnx": "deepseek_r1.models:load_onnx",
         "tensorflow": "deepseek_r1.models:load_tensorflow",
