@@ -5,7 +5,7 @@
 All train with the same data through the same `torch.utils.data.DataLoader`, in bf16, with AdamW and the same rate; each
 as its own documentation has it: Hugging Face's Trainer with `bf16=True`, the loop under `torch.autocast` with a fused
 AdamW, ours with nothing but the model and the loader. They take turns; a row has medians over the rounds. Weights are
-random and so are the data: this is about time and memory alone. Times are of steps `WARM` to `WARM + STEPS` of a run,
+random and so are the data: this is about time and memory alone. Times are of the later steps of a run,
 so what comes once (compiling, recording) is left out of the rate and told by itself. Peak memory is of the whole run.
 """
 
@@ -35,7 +35,6 @@ from deepseek_r1.train import Callback
 from .modules import PlainViT, Tagger
 
 RESULT = Path(__file__).parents[1] / "results" / "training_step.json"
-WARM, STEPS = 40, 100
 LR = 2e-5
 
 
@@ -49,6 +48,7 @@ class Case:
         batch: samples in a batch.
         labels: whether the model computes its own loss from `labels`.
         workers: of the loader.
+        steps: how many are left out of the rate, and how many count.
     """
 
     theirs: Callable[[], nn.Module]
@@ -57,6 +57,7 @@ class Case:
     ours: Callable[[], nn.Module] | None = None
     labels: bool = False
     workers: int = 4
+    steps: tuple[int, int] = (40, 100)
 
 
 class _Samples(Dataset[Any]):
@@ -64,7 +65,7 @@ class _Samples(Dataset[Any]):
         self._case = case
 
     def __len__(self) -> int:
-        return self._case.batch * (WARM + STEPS + 2)
+        return self._case.batch * (sum(self._case.steps) + 2)
 
     def __getitem__(self, index: int) -> Any:
         return self._case.sample(index)
@@ -93,6 +94,27 @@ def _our_bert() -> nn.Module:
     return BERTForSequenceClassification(BERTConfig())
 
 
+def _llama(hf: bool) -> nn.Module:
+    shape = {
+        "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096, "rope_theta": 500_000.0,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    if hf:
+        from transformers import LlamaConfig as Theirs
+        from transformers import LlamaForCausalLM
+
+        return LlamaForCausalLM(Theirs(**shape, use_cache=False)).bfloat16()
+    from deepseek_r1.models import Llama, LlamaConfig
+
+    return Llama(LlamaConfig(**shape)).bfloat16()
+
+
+def _tokens(i: int) -> dict[str, Any]:
+    ids = torch.randint(0, 128_000, (4096,), generator=torch.Generator().manual_seed(i % 16))
+    return {"input_ids": ids, "labels": ids}
+
+
 def _picture(i: int) -> tuple[Any, Any]:
     return _PICTURES[i % len(_PICTURES)], i % 1000
 
@@ -108,6 +130,7 @@ CASES: dict[str, Case] = {
     "bert-32x128": Case(_hf_bert, _text(128), 32, _our_bert, labels=True),
     "bert-128x512": Case(_hf_bert, _text(512), 128, _our_bert, labels=True),
     "hf-bert-32x128": Case(_hf_bert, _text(128), 32, labels=True),
+    "llama-4x4096": Case(lambda: _llama(True), _tokens, 4, lambda: _llama(False), labels=True, steps=(15, 20)),
     "plain-vit": Case(PlainViT, _picture, 64, workers=8),
     "lstm-tagger": Case(Tagger, _sentence, 64),
 }
@@ -116,20 +139,21 @@ CASES: dict[str, Case] = {
 class Clock:
     """The rate between two steps, and when the first of them was reached."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm: int, steps: int) -> None:
+        self._first, self._last = warm, warm + steps
         self.begun = time.perf_counter()
         self.warm_s, self.seconds = 0.0, 0.0
 
     def step(self, number: int) -> bool:
         """Whether a run that has done `number` steps may end."""
-        if number in (WARM, WARM + STEPS):
+        if number in (self._first, self._last):
             torch.cuda.synchronize()
             now = time.perf_counter() - self.begun
-            if number == WARM:
+            if number == self._first:
                 self.warm_s = now
             else:
                 self.seconds = now - self.warm_s
-        return number >= WARM + STEPS
+        return number >= self._last
 
 
 def _loader(case: Case) -> DataLoader[Any]:
@@ -202,14 +226,15 @@ CONTESTANTS: dict[str, Callable[[Case, Clock], Any]] = {"hugging face": hugging_
 
 def measured(name: str, contestant: str) -> dict[str, Any]:
     """One run of one contestant."""
-    case, clock = CASES[name], Clock()
+    case = CASES[name]
+    clock = Clock(*case.steps)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     notes = CONTESTANTS[contestant](case, clock)
     return {
-        "samples_s": case.batch * STEPS / clock.seconds, "warm_s": clock.warm_s,
+        "samples_s": case.batch * case.steps[1] / clock.seconds, "warm_s": clock.warm_s,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9, "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
         "notes": notes or [],
     }  # fmt: skip

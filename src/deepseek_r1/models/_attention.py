@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from ..core import InputError
 
+#: Weights up to which products that fill a GPU badly are joined; a joined weight is a copy at every step.
+_NARROW = 1 << 22
+
 
 def check_tokens(input_ids: Tensor, longest: int, **others: Tensor | None) -> None:
     """Refuse what has not the shape [B, L], or is longer than the model.
@@ -111,14 +114,17 @@ def attend(
 def side_by_side(x: Tensor, *parts: nn.Module) -> tuple[Tensor, ...]:
     """What several linear layers make of the same input, [..., D] -> [..., N] each.
 
-    One product with their weights joined: three narrow ones do not fill a GPU. Layers that are more than a plain
-    `nn.Linear` (adapters, hooks, quantised ones), or are not being trained, are called one by one.
+    Narrow products do not fill a GPU, so they are done as one with the weights joined. Layers that are more than a
+    plain `nn.Linear` (adapters, hooks, quantised ones), are large, or are not being trained, are called one by one.
     """
     joined = [part for part in parts if type(part) is nn.Linear and not part._forward_hooks and part.training]
-    if len(joined) < len(parts) or not x.is_cuda or any(part.bias is None for part in joined):
+    apart = len(joined) < len(parts) or not x.is_cuda or len({part.bias is None for part in joined}) > 1
+    if apart or sum(part.weight.numel() for part in joined) > _NARROW:
         return tuple(part(x) for part in parts)
-    weight, bias = torch.cat([part.weight for part in joined]), torch.cat([part.bias for part in joined])
-    return F.linear(x, weight, bias).split([part.out_features for part in joined], -1)
+    weight = torch.cat(tuple(part.weight for part in joined))
+    biases = tuple(part.bias for part in joined if part.bias is not None)
+    y = F.linear(x, weight, torch.cat(biases) if biases else None)
+    return y.split([part.out_features for part in joined], -1)
 
 
 def split_heads(x_BLD: Tensor, head_size: int) -> Tensor:

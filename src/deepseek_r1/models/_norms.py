@@ -29,8 +29,8 @@ class LayerNorm(nn.LayerNorm):
         with torch.autocast(device, enabled=False):
             if torch.compiler.is_compiling() or input.dtype == torch.float32:
                 # Compiled, the wide copy of the input never exists.
-                weight, bias, wide = self.weight, self.bias, input.float()
-                return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(dtype)
+                wide = input.float()
+                return F.layer_norm(wide, self.normalized_shape, self.weight, self.bias, self.eps).to(dtype)
             # The kernel computes its statistics in float32, and wants all of one type.
-            weight, bias = (None if p is None else p.to(input.dtype) for p in (self.weight, self.bias))
-            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps).to(dtype)
+            narrow = [None if p is None else p.to(input.dtype) for p in (self.weight, self.bias)]
+            return F.layer_norm(input, self.normalized_shape, *narrow, self.eps).to(dtype)

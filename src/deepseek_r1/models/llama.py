@@ -25,6 +25,7 @@ from ._attention import (
     packed_positions,
     rotary_frequencies,
     rotate,
+    side_by_side,
     split_heads,
     which_sees_which,
 )
@@ -165,7 +166,8 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor, angles: tuple[Tensor, Tensor], seen: Tensor | None) -> Tensor:
         """The heads' answers, projected."""
-        q, k, v = (split_heads(part(x_BLD), self.head_size) for part in (self.q_proj, self.k_proj, self.v_proj))
+        parts = side_by_side(x_BLD, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (split_heads(part, self.head_size) for part in parts)
         q, k = rotate(q, *angles), rotate(k, *angles)
         return self.o_proj(attend(q, k, v, seen, causal=True, dropout=self.dropout if self.training else 0.0))
 
@@ -183,7 +185,8 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Of one size."""
-        return self.down_proj(self.activation(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+        gate, up = side_by_side(x_BLD, self.gate_proj, self.up_proj)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class LlamaLayer(nn.Module):

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..core import InputError
 
-#: The fp32 logits of one chunk take at most this much, unless one row alone takes more.
-CHUNK_BYTES = 64 * 2**20
+#: The fp32 logits of one chunk take at most this much, unless one row alone takes more. A GPU wants larger products,
+#: and each chunk costs it one pass over the gradient of the weight.
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 64 * 2**20, 2**30
 
 
 def linear_cross_entropy(
@@ -45,7 +46,7 @@ def linear_cross_entropy(
             would make the GPU wait: another value is an error of the device.
         bias: [V] or None.
         ignore_index: the label of rows that do not count.
-        chunk_rows: rows whose logits exist at once; None: as many as fit 64 MiB.
+        chunk_rows: rows whose logits exist at once; None: as many as fit 64 MiB, on a GPU 1 GiB.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
@@ -62,7 +63,8 @@ def linear_cross_entropy(
     dtype = _check(hidden, weight, labels, bias)
     if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise InputError(f"linear_cross_entropy(chunk_rows={chunk_rows!r}): an integer >= 1, or None, is needed.")
-    rows = chunk_rows or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    most = CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES
+    rows = chunk_rows or max(1, most // (4 * weight.shape[0]))
     hidden_TD, labels_T = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     loss: Tensor = _forward(hidden_TD, weight, labels_T, bias, ignore_index, rows, dtype, *wanted)[0]
@@ -114,15 +116,24 @@ def _forward(
     counts_T = labels_T != ignore_index
     safe_T = torch.where(counts_T, labels_T, 0).long()
     total = torch.zeros((), dtype=wide, device=hidden_TD.device)
+    wanted, fused = for_hidden or for_weight or for_bias, hidden_TD.is_cuda and wide == torch.float32
+    if fused:
+        from ._triton_slopes import slopes_  # Triton comes with torch's CUDA builds alone
     grads = _empty_gradients(hidden_TD, weight_VD, dtype, for_hidden, for_weight, for_bias)
     with torch.autocast(hidden_TD.device.type, enabled=False):
         for start in range(0, hidden_TD.shape[0], rows):
             part = slice(start, start + rows)
             hidden_CD, safe_C1, counts_C1 = hidden_TD[part].to(dtype), safe_T[part, None], counts_T[part, None]
-            logits_CV = F.linear(hidden_CD, weight_VD, bias_V).to(wide)
+            logits_CV = F.linear(hidden_CD, weight_VD, bias_V)
+            if fused:
+                total += slopes_(logits_CV, labels_T[part], ignore_index, write=wanted).sum()
+                if wanted:
+                    _add_gradients(grads, logits_CV, hidden_CD, weight_VD, part)
+                continue
+            logits_CV = logits_CV.to(wide)
             lse_C1 = logits_CV.logsumexp(1, keepdim=True)
             total += ((lse_C1 - logits_CV.gather(1, safe_C1)) * counts_C1).sum()
-            if for_hidden or for_weight or for_bias:
+            if wanted:
                 # The derivative of the losses by the logits: probabilities, less one at the label.
                 slopes_CV = logits_CV.sub_(lse_C1).exp_()
                 slopes_CV.scatter_add_(1, safe_C1, slopes_CV.new_full(safe_C1.shape, -1.0)).mul_(counts_C1)
@@ -155,7 +166,7 @@ def _add_gradients(
         else:
             of_weight.add_(narrow_CV.t() @ hidden_CD)
     if of_bias.numel():
-        of_bias.add_(slopes_CV.sum(0))
+        of_bias.add_(slopes_CV.sum(0, dtype=of_bias.dtype))
 
 
 @_forward.register_fake
@@ -195,8 +206,9 @@ def _backward(ctx: Any, grad: Tensor | None, *more: Tensor | None) -> tuple[Tens
     if grad is None:
         return None, None, None, None, *none
     scale = grad * share
+    # Into the narrow type at once: a wide product of the weight's gradient would be as large as that.
     of_hidden, of_weight, of_bias = (
-        (gradient * scale).to(dtype) if wanted else None
+        torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype)) if wanted else None
         for gradient, wanted, dtype in zip(kept, ctx.wanted, ctx.dtypes, strict=True)
     )
     return of_hidden, of_weight, None, of_bias, *none
