@@ -32,5 +32,6 @@ class LayerNorm(nn.LayerNorm):
                 wide = input.float()
                 return F.layer_norm(wide, self.normalized_shape, self.weight, self.bias, self.eps).to(dtype)
             # The kernel computes its statistics in float32, and wants all of one type.
-            narrow = [None if p is None else p.to(input.dtype) for p in (self.weight, self.bias)]
-            return F.layer_norm(input, self.normalized_shape, *narrow, self.eps).to(dtype)
+            weight = None if self.weight is None else self.weight.to(input.dtype)
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps).to(dtype)
