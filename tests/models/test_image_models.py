@@ -79,9 +79,7 @@ def test_gradients_and_running_statistics_in_training(pair, same_gradients, case
         torch.testing.assert_close(tensor, theirs.get_buffer(name))
 
 
-@pytest.mark.parametrize(
-    "case", ["vit", "resnet, bottleneck", pytest.param("mobilenet", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("case", ["vit", "resnet, bottleneck", pytest.param("mobilenet", marks=pytest.mark.slow)])
 def test_it_compiles_into_one_graph(case):
     kind, _, sizes, side = CASES[case]
     torch.manual_seed(0)

@@ -26,7 +26,12 @@ MODELS = {
     "gpt2": lambda: GPT2(GPT2Config(vocab_size=30, n_positions=32, n_embd=16, n_layer=1, n_head=4)),
     "vit": lambda: ViT(
         ViTConfig(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            image_size=16,
+            patch_size=8,
         )
     ),
     "resnet": lambda: ResNet(ResNetConfig(embedding_size=8, hidden_sizes=(8, 16), depths=(1, 1), layer_type="basic")),
