@@ -91,10 +91,27 @@ def test_packed_texts_do_not_see_each_other():
     assert packed.shape == (2, 3, 3)
     for logits, place in zip(alone, ((0, 0), (0, 1), (1, 0), (1, 1)), strict=True):
         torch.testing.assert_close(packed[place], logits, rtol=0, atol=1e-5)
-    labels = torch.tensor([[0, 1, -100], [2, 1, -100]])
+    labels = torch.tensor([[0, 1, -100], [2, 1, 0]])
     loss = model(rows, token_type_ids=types, sequence_ids=ids, labels=labels)["loss"]
     wanted = torch.nn.functional.cross_entropy(torch.stack(alone), torch.tensor([0, 1, 2, 1]))
     torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-5)
+
+
+def test_packed_values_and_absent_texts():
+    model = small(num_labels=1)
+    rows, ids = torch.randint(1, 60, (2, 6)), torch.tensor([[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]])
+    labels = torch.tensor([[1.0, 2.0], [3.0, float("nan")]])
+    out = model(rows, sequence_ids=ids, labels=labels)
+    wanted = ((out["logits"].squeeze(-1) - labels)[[0, 0, 1], [0, 1, 0]] ** 2).mean()
+    torch.testing.assert_close(out["loss"], wanted)
+    out["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_without_a_label_that_counts_the_loss_is_nothing():
+    loss = small()(**_batch(), labels=torch.full((3,), -100))["loss"]
+    assert loss.item() == 0
+    loss.backward()
 
 
 @pytest.mark.parametrize("form", ["plain", "masked", "packed"])

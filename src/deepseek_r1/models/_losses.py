@@ -12,16 +12,19 @@ from ..ops import linear_cross_entropy
 IGNORED = -100
 
 
-def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None = None) -> Tensor:
+def classification_loss(
+    logits: Tensor, labels: Tensor, problem_type: str | None = None, present: Tensor | None = None
+) -> Tensor:
     """The loss of a classifier, in fp32 or wider.
 
     Without a `problem_type` it is told from shapes and types: one output a sample is a regression (mean squared
     error), integer labels are classes (cross entropy, -100 does not count), boolean or floating labels of the logits'
-    shape are a yes or no for each class (binary cross entropy).
+    shape are a yes or no for each class (binary cross entropy). Where nothing counts the loss is 0.
 
     Args:
         logits: [..., K].
         labels: integers [...]; or numbers or booleans of the logits' shape ([...] too where K is 1).
+        present: booleans [...], False for samples that are not there; None: all are.
 
     Raises:
         InputError: the labels fit none of these.
@@ -35,13 +38,19 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     if kind == "single_label_classification":
         if labels.shape != logits.shape[:-1] or labels.is_floating_point():
             raise _misfit(logits, labels)
-        return F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=IGNORED)
+        classes = labels.long() if present is None else torch.where(present, labels.long(), IGNORED)
+        total = F.cross_entropy(logits.flatten(0, -2), classes.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / (classes != IGNORED).sum().clamp(min=1)
     if labels.shape != logits.shape and not (logits.shape[-1] == 1 and labels.shape == logits.shape[:-1]):
         raise _misfit(logits, labels)
     targets = labels.reshape(logits.shape).to(logits.dtype)
-    if kind == "regression":
-        return F.mse_loss(logits, targets)
-    return F.binary_cross_entropy_with_logits(logits, targets)
+    function = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+    if present is None:
+        return function(logits, targets)
+    counts = present.unsqueeze(-1).expand_as(logits)
+    # Zeros first: what stands in place of absent samples may be no number.
+    losses = function(torch.where(counts, logits, 0), torch.where(counts, targets, 0), reduction="none")
+    return torch.where(counts, losses, 0).sum() / counts.sum().clamp(min=1)
 
 
 def _kind(logits: Tensor, labels: Tensor) -> str:

@@ -250,8 +250,8 @@ class BERTForSequenceClassification(PretrainedModel[BERTConfig]):
         """Logits, or with labels a dict of "loss" and "logits".
 
         Several short texts may share a row: `sequence_ids` numbers them 1, 2, ... in each row, 0 is padding, and a
-        text sees itself alone. Positions then start anew with each text, and logits and labels are [B, S]: a row
-        with fewer texts than S has label -100 for the absent ones, whose logits mean nothing.
+        text sees itself alone. Positions then start anew with each text, and labels are [B, S], one for each text: in
+        a row with fewer texts than S the rest counts for nothing, and its logits mean nothing.
 
         Args:
             input_ids: [B, L].
@@ -260,7 +260,7 @@ class BERTForSequenceClassification(PretrainedModel[BERTConfig]):
             position_ids: [B, L]; None: 0, 1, ...
             labels: class numbers [B], or numbers [B, K]; see `classification_loss`. Packed: [B, S].
             sequence_ids: [B, L] for packed texts.
-            num_sequences: S, where `sequence_ids` come without labels.
+            num_sequences: S, the most texts in a row, where `sequence_ids` come without labels.
 
         Returns:
             Logits [B, K], packed [B, S, K].
@@ -276,11 +276,14 @@ class BERTForSequenceClassification(PretrainedModel[BERTConfig]):
             position_ids = packed_positions(sequence_ids)
         x_BLD = self.bert.embeddings(input_ids, token_type_ids, position_ids)
         x_BLD = self.bert.encoder(x_BLD, which_sees_which(attention_mask, sequence_ids, causal=False))
-        first = x_BLD[:, 0] if sequence_ids is None else _first_tokens(x_BLD, sequence_ids, labels, num_sequences)
+        first, present = x_BLD[:, 0], None
+        if sequence_ids is not None:
+            first, present = _first_tokens(x_BLD, sequence_ids, labels, num_sequences)
         logits = self.classifier(self.dropout(self.bert.pool(first)))
         if labels is None:
             return logits
-        return {"loss": classification_loss(logits, labels, self.config.problem_type), "logits": logits}
+        loss = classification_loss(logits, labels, self.config.problem_type, present)
+        return {"loss": loss, "logits": logits}
 
     def flops_per_token(self, length: int) -> float:
         """Operations of a training step for each token of texts of this length; see `transformer_flops`."""
@@ -289,13 +292,16 @@ class BERTForSequenceClassification(PretrainedModel[BERTConfig]):
         return transformer_flops(matrices, config.num_hidden_layers, config.hidden_size, length)
 
 
-def _first_tokens(x_BLD: Tensor, sequence_ids: Tensor, labels: Tensor | None, count: int | None) -> Tensor:
-    """The first token of each packed sequence, [B, S, D]."""
+def _first_tokens(
+    x_BLD: Tensor, sequence_ids: Tensor, labels: Tensor | None, count: int | None
+) -> tuple[Tensor, Tensor]:
+    """The first token of each packed sequence [B, S, D], and whether the row has such a sequence [B, S]."""
     if count is None:
         if labels is None or labels.ndim < 2:
             raise InputError("sequence_ids need labels [batch, sequences], or num_sequences, the most texts in a row.")
         count = labels.shape[1]
     numbers_S = torch.arange(1, count + 1, device=sequence_ids.device)
+    belongs_BSL = (sequence_ids[:, None, :] == numbers_S[None, :, None]).to(torch.uint8)
     # The first of equal maxima: where each number stands first.
-    first_BS = (sequence_ids[:, None, :] == numbers_S[None, :, None]).to(torch.uint8).argmax(-1)
-    return x_BLD.gather(1, first_BS.unsqueeze(-1).expand(-1, -1, x_BLD.shape[-1]))
+    first_BS = belongs_BSL.argmax(-1)
+    return x_BLD.gather(1, first_BS.unsqueeze(-1).expand(-1, -1, x_BLD.shape[-1])), belongs_BSL.amax(-1).bool()
