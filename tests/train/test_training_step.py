@@ -135,7 +135,7 @@ def test_decay_leaves_out_biases_and_norms():
 
 def test_forms_of_an_optimizer():
     model, config = nn.Linear(2, 2), TrainingConfig()
-    assert type(make_optimizer(model, 1e-3, config, None)[0]) is torch.optim.AdamW
+    assert isinstance(make_optimizer(model, 1e-3, config, None)[0], torch.optim.AdamW)
     assert make_optimizer(model, 0.5, config, torch.optim.SGD)[0].param_groups[0]["lr"] == 0.5
     own = torch.optim.SGD(model.parameters(), lr=0.25)
     assert make_optimizer(model, 0.5, config, own)[0] is own

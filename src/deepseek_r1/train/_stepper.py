@@ -20,8 +20,9 @@ from ._device_run import BadStep, DeviceRun
 from ._device_step import device_step
 from ._diagnose import first_non_finite
 from ._objective import Objective
-from ._optim import lr_factor
+from ._optim import set_rates, tell_total
 from ._progress import Progress
+from ._schedule import config_lr_factor
 from ._step import make_scaler, skips_on_device, train_step
 
 #: In the message of torch's own error for a batch norm with one value a channel.
@@ -120,9 +121,10 @@ class Stepper:
         began = time.perf_counter()
         c, progress = self._config, self.progress
         if c.schedule != "constant" or c.warmup:
-            factor = lr_factor(progress.step - progress.first_step, total, c.schedule, c.warmup)
-            for group, base in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
-                group["lr"] = base * factor
+            factor = config_lr_factor(progress.step - progress.first_step, total, c)
+            set_rates(self._optimizer, self.base_lrs, factor)
+        if progress.step == progress.first_step:
+            tell_total(self._optimizer, total)
         number = progress.step + 1
         try:
             loss, samples = self._taken(window, number)

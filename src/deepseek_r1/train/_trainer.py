@@ -25,7 +25,7 @@ from ._epoch import Place, batches, check_loader, empty_loader, epoch_start, ste
 from ._evaluate import evaluate, example_inputs, mode, placed, predict
 from ._interrupt import Interrupts
 from ._objective import LossFunction, Objective
-from ._optim import OptimizerLike, lr_factor, make_optimizer
+from ._optim import OptimizerLike, make_optimizer
 from ._progress import Progress
 from ._rng import (
     cpu_threads,
@@ -37,6 +37,7 @@ from ._rng import (
     set_loader_state,
     set_rng_state,
 )
+from ._schedule import config_lr_factor
 from ._stepper import Stepper, too_large
 from ._summary import differences, summarise
 
@@ -57,7 +58,8 @@ class Trainer:
         config: see `TrainingConfig`. What it leaves on "auto" is settled here, once; `Trainer.config` is the result.
         loss: a function of (outputs, labels) that gives the mean over the batch. None: chosen at the first batch
             (the model's own loss, cross entropy, binary cross entropy or mean squared error; see docs/training.md).
-        optimizer: None (AdamW), an optimizer, its class, or a function parameters -> optimizer.
+        optimizer: None ("adamw"), a name ("adamw8bit", "lion", "muon", ...; docs/optimizers.md), an optimizer, its
+            class, or a function parameters -> optimizer.
         callbacks: instances of `Callback`.
         metrics: name -> function of (outputs, labels), used in evaluation. None: chosen like the loss.
 
@@ -161,7 +163,7 @@ class Trainer:
             raise ConfigError(f"train(epochs={epochs!r}): an integer >= 1 is needed.")
         per_epoch = steps_in_epoch(self.train_loader, self.config.gradient_accumulation_steps)
         total = None if per_epoch is None else per_epoch * epochs
-        lr_factor(0, total, self.config.schedule, self.config.warmup)
+        config_lr_factor(0, total, self.config)
         self._check_micro_batch()
         self._begin_run()
         last_epoch, first = self._progress.first_epoch + epochs, self.step
