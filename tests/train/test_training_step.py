@@ -148,7 +148,7 @@ def test_forms_of_an_optimizer():
     [
         ({"lr": 0}, ConfigError, "lr=0"),
         ({"lr": "fast"}, ConfigError, "> 0"),
-        ({"given": "adam"}, InputError, "an optimizer, its class"),
+        ({"given": "adam"}, ConfigError, "Did you mean 'adamw'"),
         ({"given": lambda params: None}, InputError, "an optimizer, its class"),
         ({"given": torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1)}, InputError, "none of the model's"),
         ({"given": lambda params: torch.optim.LBFGS(params)}, InputError, "LBFGS"),

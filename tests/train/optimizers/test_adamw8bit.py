@@ -84,9 +84,15 @@ def fit(kind, seed=0, epochs=4, **options):
 
 
 def test_the_states_take_a_quarter_of_the_bytes():
-    sizes = {kind: states_bytes(fit(kind, epochs=1).optimizer) for kind in (AdamW, AdamW8bit)}
+    model = nn.Sequential(nn.Linear(64, 512), nn.LayerNorm(512), nn.Linear(512, 511), nn.Linear(511, 10))
+    sizes, optimizers = {}, {}
+    for kind in (AdamW, AdamW8bit):
+        optimizers[kind] = kind(model.parameters(), lr=1e-3)
+        model(torch.ones(2, 64)).sum().backward()
+        optimizers[kind].step()
+        sizes[kind] = states_bytes(optimizers[kind])
     assert sizes[AdamW8bit] <= 0.27 * sizes[AdamW]
-    state = fit(AdamW8bit, epochs=1).optimizer.state
+    state = optimizers[AdamW8bit].state
     assert {v.dtype for p, s in state.items() if p.numel() < 4096 for v in s.values()} == {torch.float32}
     assert {s["exp_avg"].dtype for p, s in state.items() if p.numel() >= 4096} == {torch.uint8}
 
@@ -126,9 +132,9 @@ def test_the_error_of_each_step_is_bounded():
                 errors.append(float((update - exact).norm() / exact.norm()))
                 largest.append(float(update.abs().max() / exact.abs().max()))
             steps += 1
-    assert max(errors) < 0.25, max(errors)
-    assert sum(errors) / len(errors) < 0.12
-    assert max(largest) < 1.8, "no update is much larger than the largest exact one"
+    assert max(errors) < 0.15, max(errors)
+    assert sum(errors) / len(errors) < 0.09
+    assert max(largest) < 1.4, "no update is much larger than the largest exact one"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

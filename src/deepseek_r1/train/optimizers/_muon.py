@@ -21,7 +21,6 @@ from ._tick import Tick, promoted, write_back_
 
 #: Of the quintic a*x + b*x**3 + c*x**5, steepest at zero among those that keep values near one (Jordan et al.).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-#: A group's options that only one of the two kinds uses are kept in both, so that groups can be changed freely.
 _SCALES = ("adamw", "spectral")
 
 
@@ -76,7 +75,8 @@ class Muon(DeviceOptimizer):
             "scale": scale, "betas": betas, "eps": eps, "capturable": capturable,
         }  # fmt: skip
         given = [params] if isinstance(params, Tensor) else list(params)
-        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        # Without any, torch says so.
+        groups = given if not given or isinstance(given[0], dict) else [{"params": given}]
         super().__init__([part for group in groups for part in _split(group)], defaults)
 
     @classmethod
@@ -174,8 +174,7 @@ def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
         return [group]
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     parts = {True: [p for p in params if _dims(p) >= 2], False: [p for p in params if _dims(p) < 2]}
-    # An empty group is passed on, for torch's own error.
-    return [{**group, "params": part, "use_muon": muon} for muon, part in parts.items() if part] or [group]
+    return [{**group, "params": part, "use_muon": muon} for muon, part in parts.items() if part]
 
 
 def _dims(p: Any) -> int:
