@@ -8,6 +8,8 @@ from __future__ import annotations
 from ._callbacks import Callback, EarlyStopping
 from ._checkpoint import CheckpointError
 from ._config import TrainingConfig, resolve
+from ._ema import ExponentialMovingAverage
+from ._ewc import ElasticWeightConsolidation
 from ._objective import Objective
 from ._rng import seed_everything
 from ._schedule import lr_factor
@@ -22,6 +24,8 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "EarlyStopping",
+    "ElasticWeightConsolidation",
+    "ExponentialMovingAverage",
     "Lion",
     "Muon",
     "Objective",

@@ -24,7 +24,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
     bf16 it has two or three digits. Gradients may be on several devices, of several types, and sparse.
 
     Returns:
-        The norm, a scalar on the first gradient's device; zero if there are none.
+        The norm, a scalar on the first gradient's device.
 
     Example:
         >>> p = nn.Parameter(torch.zeros(2))
@@ -39,19 +39,24 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
                 # Numbers for one place are added up before they are squared.
                 p.grad = p.grad.coalesce()
             grads.append(p.grad if p.grad.layout == torch.strided else p.grad.values())
-    if not grads:
-        return torch.zeros(())
-    kinds = same_kind(grads)
-    home = grads[0].device
-    norms = []
-    for (_, dtype), group in kinds.items():
-        wide = torch.promote_types(dtype.to_real(), torch.float32)
-        squares = torch._foreach_norm(group, 2, dtype=None if dtype.is_complex else wide)
-        norms.append(torch.linalg.vector_norm(torch.stack(list(squares))).to(home, wide))
-    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-    total = torch.linalg.vector_norm(torch.stack([norm.to(widest) for norm in norms]))
+    total = total_norm(grads)
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for (device, dtype), group in kinds.items():
+    for (device, dtype), group in same_kind(grads).items():
         torch._foreach_mul_(group, factor.to(device, dtype.to_real()))
     return total
 
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The norm of dense tensors together, a scalar on the first one's device; zero if there are none."""
+    if not grads:
+        return torch.zeros(())
+    home = grads[0].device
+    norms = []
+    for (_, dtype), group in same_kind(grads).items():
+        wide = torch.promote_types(dtype.to_real(), torch.float32)
+        each = torch._foreach_norm(group, 2, dtype=None if dtype.is_complex else wide)
+        norms.append(torch.linalg.vector_norm(torch.stack(list(each))).to(home, wide))
+    if len(norms) == 1:
+        return norms[0]
+    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    return torch.linalg.vector_norm(torch.stack([norm.to(widest) for norm in norms]))

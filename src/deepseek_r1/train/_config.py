@@ -48,6 +48,8 @@ class TrainingConfig:
         stage_factor: what "staged" multiplies the rate with from one part to the next.
         weight_decay: of the default optimizer; biases and norms are left out of it.
         clip_grad_norm: largest allowed norm of all gradients together, or None.
+        ema_decay: between 0 and 1, as 0.999: a moving average of the parameters is kept, with which the Trainer
+            evaluates, predicts and exports; see `ExponentialMovingAverage`. None: there is none.
         early_stop_patience: stop after so many epochs without a better value; None: never.
         early_stop_metric: a key of `Trainer.history` entries, also used to name the best epoch.
         early_stop_mode: "min" or "max".
@@ -84,6 +86,7 @@ class TrainingConfig:
     stage_factor: float = 0.8
     weight_decay: float = 0.01
     clip_grad_norm: float | None = None
+    ema_decay: float | None = None
     early_stop_patience: int | None = None
     early_stop_metric: str = "val_loss"
     early_stop_mode: str = "min"
@@ -118,6 +121,8 @@ class TrainingConfig:
             self._refuse("weight_decay", "a number >= 0")
         if self.clip_grad_norm is not None and not (_is_number(self.clip_grad_norm) and self.clip_grad_norm > 0):
             self._refuse("clip_grad_norm", "None or a number > 0")
+        if self.ema_decay is not None and not (_is_number(self.ema_decay) and 0 < self.ema_decay < 1):
+            self._refuse("ema_decay", "None or a number between 0 and 1")
         for name in ("warmup", "cooldown"):
             self._check_length(name)
         if not _is_number(self.stage_factor) or not 0 < self.stage_factor <= 1:

@@ -36,7 +36,7 @@ class ExponentialMovingAverage(Callback):
         ...     _ = nn.init.constant_(model.weight, value)
         ...     average.update(model)
         >>> with average.applied(model):
-        ...     round(float(model.weight), 3)
+        ...     round(model.weight.item(), 3)
         0.9
     """
 

@@ -55,10 +55,10 @@ class ElasticWeightConsolidation:
         >>> model = nn.Linear(4, 2)
         >>> old = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))]
         >>> penalty = ElasticWeightConsolidation(model, old, strength=10.0)
-        >>> float(penalty(model))
+        >>> penalty(model).item()
         0.0
         >>> _ = nn.init.zeros_(model.weight)
-        >>> float(penalty(model)) > 0
+        >>> penalty(model).item() > 0
         True
     """
 
@@ -115,7 +115,8 @@ class ElasticWeightConsolidation:
             for part, values in (("fisher", self.fisher), ("anchor", self.anchors))
             for name, value in values.items()
         }
-        about = {"schema_version": _SCHEMA_VERSION, "strength": self.strength, "samples": self.samples}
+        about: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "strength": self.strength, "samples": self.samples}
+        about["names"] = list(self.anchors)
         with atomic.atomic_path(target) as tmp:
             save_file(tensors, tmp, metadata={"kind": _KIND, "about": json.dumps(about)})
         return target
@@ -139,10 +140,8 @@ class ElasticWeightConsolidation:
                 raise ValueError(f"it is {metadata['kind']!r}, version {about['schema_version']}")
             made = cls.__new__(cls)
             made.strength, made.samples = float(about["strength"]), int(about["samples"])
-            made.fisher = {k.removeprefix("fisher."): v for k, v in tensors.items() if k.startswith("fisher.")}
-            made.anchors = {k.removeprefix("anchor."): v for k, v in tensors.items() if k.startswith("anchor.")}
-            if not made.anchors or made.fisher.keys() != made.anchors.keys():
-                raise ValueError("Fisher information and weights do not belong together")
+            made.fisher = {name: tensors["fisher." + name] for name in about["names"]}
+            made.anchors = {name: tensors["anchor." + name] for name in about["names"]}
         except (SafetensorError, KeyError, ValueError, TypeError) as e:
             raise ArtifactError(f"{path} holds no elastic weight consolidation: {e}.") from e
         if strength is not None:

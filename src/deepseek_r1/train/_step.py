@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..data._batch import batch_size, slice_batch, to_device, unpack_batch
-from ._clip import clip_grad_norm_, same_kind
+from ._clip import clip_grad_norm_, same_kind, total_norm
 from ._objective import Objective
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +59,7 @@ def accumulate(
     independently; batch norm does not).
 
     Returns:
-        The mean loss (detached scalar) and the number of samples.
+        The mean loss with the objective's penalties (detached scalar) and the number of samples.
     """
     parts = [unpack_batch(batch) for batch in batches]
     sizes = [batch_size(part) for part in parts]
@@ -77,6 +77,12 @@ def accumulate(
             (weighted if scale is None else scale(weighted)).backward()
             sum_loss = weighted.detach() if sum_loss is None else sum_loss + weighted.detach()
     assert sum_loss is not None, "a step needs at least one batch"
+    penalty = objective.penalty()
+    if penalty is not None:
+        # Frozen parameters may leave nothing to differentiate.
+        if penalty.requires_grad:
+            (penalty if scale is None else scale(penalty)).backward()
+        sum_loss = sum_loss + penalty.detach().to(sum_loss.device)
     return sum_loss, total
 
 
@@ -155,7 +161,7 @@ def found_on_device(loss: Tensor, optimizer: Optimizer, clip: float | None) -> t
     Gradients are read once and not written: a fused optimizer divides them as it goes.
     """
     gradients = [p.grad for p in _parameters(optimizer)]
-    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))  # type: ignore[arg-type]
+    total = total_norm([g for g in gradients if g is not None])
     bad = (~torch.isfinite(loss.float() + total)).float()
     return bad, None if clip is None else ((total + 1e-6) / clip).clamp(min=1.0)
 

@@ -63,14 +63,14 @@ def big(model):
 
 
 def states_bytes(optimizer):
-    return sum(
-        v.numel() * v.element_size() for s in optimizer.state.values() for k, v in s.items() if k != "step"
-    )
+    return sum(v.numel() * v.element_size() for s in optimizer.state.values() for k, v in s.items() if k != "step")
 
 
 def classifier(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
 
 
 def fit(kind, seed=0, epochs=4, **options):

@@ -67,7 +67,9 @@ def newton_schulz(g):
 @pytest.mark.parametrize("scale", ["adamw", "spectral"])
 def test_the_update_is_the_paper_s(nesterov, scale):
     g = torch.Generator().manual_seed(1)
-    ps = [nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64)) for s in ((6, 4), (4, 6), (6, 4), (3, 2, 2, 2))]
+    ps = [
+        nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64)) for s in ((6, 4), (4, 6), (6, 4), (3, 2, 2, 2))
+    ]
     ws, ms = [p.detach().clone() for p in ps], [torch.zeros_like(p) for p in ps]
     optimizer = Muon(ps, lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=nesterov, scale=scale)
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""AdamW: torch's own, in its fastest form, and the update rule on lists of tensors for optimizers that need a part of it.
+"""AdamW: torch's own, in its fastest form, and the update rule on lists of tensors for optimizers that contain it.
 
 Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", https://arxiv.org/abs/1711.05101.
 """
@@ -32,9 +32,7 @@ class AdamW(torch.optim.AdamW):
     def __init__(self, params: Any, lr: float | Tensor = 1e-3, **options: Any) -> None:
         given: list[Any] = [params] if isinstance(params, Tensor) else list(params)
         if not any(options.get(form) for form in ("foreach", "fused", "differentiable")) and "fused" not in options:
-            options["fused"] = all(
-                p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in _tensors(given)
-            )
+            options["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in _tensors(given))
         super().__init__(given, lr=lr, **options)
 
     @classmethod
@@ -56,7 +54,7 @@ def _tensors(given: Sequence[Any]) -> list[Tensor]:
 
 def adamw_(
     params: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     tick: Tick,

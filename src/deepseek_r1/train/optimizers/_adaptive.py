@@ -29,7 +29,8 @@ class AdaptiveOptimizer(DeviceOptimizer):
         p = p - lr_t * (1 + 0.1 * |mean(g)|) * buffer
 
     The mean is over the elements of the tensor's gradient, and where gradients are small, as they mostly are, the
-    factor is near one. After T steps the cosine starts again. It is its own schedule: leave the Trainer's at "constant".
+    factor is near one. After T steps the cosine starts again. It has its own schedule: leave the Trainer's at
+    "constant".
 
     Args:
         params: parameters, or groups of them, as in torch.

@@ -36,13 +36,13 @@ class Muon(DeviceOptimizer):
     Args:
         params: parameters, or groups of them, as in torch.
         lr: learning rate of both kinds.
+        weight_decay: decoupled, for both kinds.
         momentum: of the matrices.
         nesterov: look one step ahead, as in Nesterov's method.
         ns_steps: Newton-Schulz iterations.
         scale: "adamw", 0.2 * sqrt(max(rows, columns)): updates are as large as AdamW's usually are, and so are the
             rates that fit (Liu et al.); "spectral", sqrt(max(1, rows / columns)) as in the original, whose rates
             are about 0.02.
-        weight_decay: decoupled, for both kinds.
         betas, eps: of AdamW.
         capturable: the rate is a tensor on the device, so that a CUDA graph of the step follows its changes.
 
@@ -60,8 +60,8 @@ class Muon(DeviceOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0.95,
         weight_decay: float = 0.1,
+        momentum: float = 0.95,
         *,
         nesterov: bool = True,
         ns_steps: int = 5,
@@ -74,7 +74,7 @@ class Muon(DeviceOptimizer):
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "ns_steps": ns_steps,
             "scale": scale, "betas": betas, "eps": eps, "capturable": capturable,
         }  # fmt: skip
-        given = [params] if isinstance(params, Tensor) else list(params)
+        given: list[Any] = [params] if isinstance(params, Tensor) else list(params)
         # Without any, torch says so.
         groups = given if not given or isinstance(given[0], dict) else [{"params": given}]
         super().__init__([part for group in groups for part in _split(group)], defaults)
@@ -185,10 +185,8 @@ def _outer(model: nn.Module) -> list[Tensor]:
     """Weights of embeddings and of the output layer: what the model says is its output, else its last Linear."""
     found = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     ask = getattr(model, "get_output_embeddings", None)
-    head = ask() if callable(ask) else None
+    head: Any = ask() if callable(ask) else None
     if head is None:
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
         head = linears[-1] if linears else None
     return [*found, *([head.weight] if isinstance(getattr(head, "weight", None), Tensor) else [])]
-
-

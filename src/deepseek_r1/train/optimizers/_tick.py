@@ -62,7 +62,8 @@ class Tick:
             torch._foreach_mul_([g.view(bits) for g in grads], (~self.bad).to(bits))
         usable = promoted(grads)
         if self.scale is not None:
-            torch._foreach_mul_(usable, (1.0 / self.scale.double()).to(usable[0].dtype))
+            # The scale of a bad step may be no number either.
+            torch._foreach_mul_(usable, self.scalar(1.0 / self.scale.double(), 1.0, usable[0].dtype))
         return usable
 
 
