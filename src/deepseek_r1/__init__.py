@@ -15,6 +15,7 @@ from .core.names import INNER_ROOMS, PUBLIC, ROOMS, TORCH_NN, TORCH_OPTIM, lazy_
 if TYPE_CHECKING:
     # First of all: for a type checker the first import of a name wins, as own names win over torch's.
     from .nn import Sequential as Sequential  # isort: skip
+    from .train import AdamW as AdamW, Muon as Muon  # isort: skip
     from torch.nn import *  # type: ignore[assignment]  # noqa: F403
     from torch.optim import *  # noqa: F403
 
@@ -53,6 +54,10 @@ if TYPE_CHECKING:
     from .quantization import R1Quantizer as R1Quantizer
     from .quantization import quantize as quantize
     from .runtime import load as load_artifact  # noqa: F401
+    from .train import AdamW8bit as AdamW8bit
+    from .train import AdaptiveOptimizer as AdaptiveOptimizer
+    from .train import ElasticWeightConsolidation as ElasticWeightConsolidation
+    from .train import Lion as Lion
     from .train import Trainer as Trainer
     from .train import TrainingConfig as TrainingConfig
     from .train import seed_everything as seed_everything

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deepseek_r1.core import ConfigError, InputError
-from deepseek_r1.train import Objective, TrainingConfig, decay_groups, lr_factor, train_step
+from deepseek_r1.train import Callback, Objective, Trainer, TrainingConfig, decay_groups, lr_factor, train_step
 from deepseek_r1.train._optim import make_optimizer
 
 pytestmark = pytest.mark.tiny
@@ -135,7 +135,7 @@ def test_decay_leaves_out_biases_and_norms():
 
 def test_forms_of_an_optimizer():
     model, config = nn.Linear(2, 2), TrainingConfig()
-    assert type(make_optimizer(model, 1e-3, config, None)[0]) is torch.optim.AdamW
+    assert isinstance(make_optimizer(model, 1e-3, config, None)[0], torch.optim.AdamW)
     assert make_optimizer(model, 0.5, config, torch.optim.SGD)[0].param_groups[0]["lr"] == 0.5
     own = torch.optim.SGD(model.parameters(), lr=0.25)
     assert make_optimizer(model, 0.5, config, own)[0] is own
@@ -148,7 +148,7 @@ def test_forms_of_an_optimizer():
     [
         ({"lr": 0}, ConfigError, "lr=0"),
         ({"lr": "fast"}, ConfigError, "> 0"),
-        ({"given": "adam"}, InputError, "an optimizer, its class"),
+        ({"given": "adam"}, ConfigError, "Did you mean 'adamw'"),
         ({"given": lambda params: None}, InputError, "an optimizer, its class"),
         ({"given": torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1)}, InputError, "none of the model's"),
         ({"given": lambda params: torch.optim.LBFGS(params)}, InputError, "LBFGS"),
@@ -180,3 +180,61 @@ def test_a_schedule_without_a_length_is_refused():
     for schedule, warmup in (("cosine", 0), ("constant", 0.1)):
         with pytest.raises(ConfigError, match="no length"):
             lr_factor(0, None, schedule, warmup)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    total=st.integers(1, 200),
+    warmup=st.integers(0, 30) | st.floats(0, 0.5, exclude_max=True),
+    cooldown=st.integers(0, 300) | st.floats(0, 1, exclude_max=True),
+)
+def test_wsd_climbs_stays_and_falls(total, warmup, cooldown):
+    factors = [lr_factor(step, total, "wsd", warmup, cooldown=cooldown) for step in range(total)]
+    assert all(0 < f <= 1 for f in factors)
+    climb = min(total, round(warmup * total) if isinstance(warmup, float) else warmup)
+    fall = round(cooldown * total) if isinstance(cooldown, float) else cooldown
+    fall = min(fall, total - climb)
+    assert factors[:climb] == sorted(factors[:climb])
+    assert all(f == 1.0 for f in factors[climb : total - fall + (fall > 0)])
+    tail = factors[total - fall :] if fall else []
+    assert tail == sorted(tail, reverse=True)
+    assert all(f == pytest.approx(1 - math.sqrt(i / fall)) for i, f in enumerate(tail))
+
+
+@settings(deadline=None, max_examples=60)
+@given(total=st.integers(1, 300), stages=st.integers(1, 12), factor=st.sampled_from([0.8, 0.5, 1.0]))
+def test_staged_steps_down_at_equal_parts(total, stages, factor):
+    factors = [lr_factor(step, total, "staged", 0, stages=stages, stage_factor=factor) for step in range(total)]
+    assert factors[0] == 1.0
+    assert factors == sorted(factors, reverse=True)
+    if factor < 1 and total >= stages:
+        counts = [factors.count(f) for f in sorted(set(factors), reverse=True)]
+        assert len(counts) == stages
+        assert max(counts) - min(counts) <= 1
+        assert factors[-1] == pytest.approx(factor ** (stages - 1))
+
+
+def test_the_trainer_follows_the_new_schedules():
+    seen = []
+
+    class Rates(Callback):
+        def on_step_end(self, trainer):
+            seen.append(trainer.optimizer.param_groups[0]["lr"])
+
+    data = [batch(4, seed) for seed in range(6)]
+    Trainer(net(), data, lr=1e-5, config=TrainingConfig(schedule="staged"), callbacks=[Rates()]).train(epochs=1)
+    assert seen == pytest.approx([1e-5, 1e-5, 0.8e-5, 0.8e-5, 0.64e-5, 0.64e-5])
+    seen.clear()
+    config = TrainingConfig(schedule="wsd", warmup=2, cooldown=3)
+    Trainer(net(), data, lr=1.0, config=config, callbacks=[Rates()]).train(epochs=1)
+    assert seen == pytest.approx([0.5, 1, 1, 1, 1 - math.sqrt(1 / 3), 1 - math.sqrt(2 / 3)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cooldown": 1.0}, {"cooldown": -1}, {"stages": 0}, {"stages": 2.0}, {"stage_factor": 0}, {"stage_factor": 1.1}],
+    ids=str,
+)
+def test_schedule_options_are_checked(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        TrainingConfig(schedule="wsd", **options)

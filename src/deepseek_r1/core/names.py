@@ -53,6 +53,9 @@ INNER_ROOMS = {"jit": "deepseek_r1.graph.jit"}
 
 #: Own public names: name -> "module:attribute". The same table serves `deepseek_r1` and `deepseek`.
 PUBLIC: dict[str, str] = {
+    "AdamW": "deepseek_r1.train:AdamW",
+    "AdamW8bit": "deepseek_r1.train:AdamW8bit",
+    "AdaptiveOptimizer": "deepseek_r1.train:AdaptiveOptimizer",
     "Artifact": "deepseek_r1.core:Artifact",
     "Budget": "deepseek_r1.core:Budget",
     "DSDataLoader": "deepseek_r1.data:DSDataLoader",
@@ -61,6 +64,9 @@ PUBLIC: dict[str, str] = {
     "DeepSeekError": "deepseek_r1.core:DeepSeekError",
     "Drawing": "deepseek_r1.graph:Drawing",
     "Executable": "deepseek_r1.engines:Executable",
+    "ElasticWeightConsolidation": "deepseek_r1.train:ElasticWeightConsolidation",
+    "Lion": "deepseek_r1.train:Lion",
+    "Muon": "deepseek_r1.train:Muon",
     "Program": "deepseek_r1.graph:Program",
     "R1Quantizer": "deepseek_r1.quantization:R1Quantizer",
     "R1Pruner": "deepseek_r1.pruning:R1Pruner",

@@ -8,22 +8,33 @@ from __future__ import annotations
 from ._callbacks import Callback, EarlyStopping
 from ._checkpoint import CheckpointError
 from ._config import TrainingConfig, resolve
+from ._ema import ExponentialMovingAverage
+from ._ewc import ElasticWeightConsolidation
 from ._objective import Objective
-from ._optim import decay_groups, lr_factor
 from ._rng import seed_everything
+from ._schedule import lr_factor
 from ._step import StepResult, train_step
 from ._trainer import Trainer
+from .optimizers import AdamW, AdamW8bit, AdaptiveOptimizer, Lion, Muon, decay_groups, orthogonalize
 
 __all__ = [
+    "AdamW",
+    "AdamW8bit",
+    "AdaptiveOptimizer",
     "Callback",
     "CheckpointError",
     "EarlyStopping",
+    "ElasticWeightConsolidation",
+    "ExponentialMovingAverage",
+    "Lion",
+    "Muon",
     "Objective",
     "StepResult",
     "Trainer",
     "TrainingConfig",
     "decay_groups",
     "lr_factor",
+    "orthogonalize",
     "resolve",
     "seed_everything",
     "train_step",

@@ -16,7 +16,7 @@ SCHEMA_VERSION = 1
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 #: The share of a model in repeated blocks from which on they alone are compiled.
 _WORTH = 0.5
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "staged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,16 @@ class TrainingConfig:
         deterministic: use only deterministic kernels while training.
         threads: CPU threads of PyTorch while training, or None for its own choice. One thread is often faster for
             a small network, and loses nothing when another program takes a core.
-        schedule: "constant", "linear" (to zero) or "cosine" (to zero), over all steps of the run.
+        schedule: "constant", "linear" (to zero), "cosine" (to zero), "wsd" (stays, and falls to zero at the end) or
+            "staged" (a little lower in each of several parts), over all steps of the run; see `lr_factor`.
         warmup: steps (an int) or a fraction of the run (a float below 1) in which the rate climbs from zero.
+        cooldown: steps or a fraction of the run at its end in which "wsd" falls to zero.
+        stages: equal parts of the run for "staged".
+        stage_factor: what "staged" multiplies the rate with from one part to the next.
         weight_decay: of the default optimizer; biases and norms are left out of it.
         clip_grad_norm: largest allowed norm of all gradients together, or None.
+        ema_decay: between 0 and 1, as 0.999: a moving average of the parameters is kept, with which the Trainer
+            evaluates, predicts and exports; see `ExponentialMovingAverage`. None: there is none.
         early_stop_patience: stop after so many epochs without a better value; None: never.
         early_stop_metric: a key of `Trainer.history` entries, also used to name the best epoch.
         early_stop_mode: "min" or "max".
@@ -75,8 +81,12 @@ class TrainingConfig:
     threads: int | None = None
     schedule: str = "constant"
     warmup: int | float = 0
+    cooldown: int | float = 0.2
+    stages: int = 3
+    stage_factor: float = 0.8
     weight_decay: float = 0.01
     clip_grad_norm: float | None = None
+    ema_decay: float | None = None
     early_stop_patience: int | None = None
     early_stop_metric: str = "val_loss"
     early_stop_mode: str = "min"
@@ -88,7 +98,7 @@ class TrainingConfig:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        for name in ("gradient_accumulation_steps", "log_every"):
+        for name in ("gradient_accumulation_steps", "log_every", "stages"):
             self._count(name)
         for name in (
             "micro_batch_size", "threads", "early_stop_patience", "save_every_steps", "save_every_epochs", "keep_last",
@@ -111,7 +121,12 @@ class TrainingConfig:
             self._refuse("weight_decay", "a number >= 0")
         if self.clip_grad_norm is not None and not (_is_number(self.clip_grad_norm) and self.clip_grad_norm > 0):
             self._refuse("clip_grad_norm", "None or a number > 0")
-        self._check_warmup()
+        if self.ema_decay is not None and not (_is_number(self.ema_decay) and 0 < self.ema_decay < 1):
+            self._refuse("ema_decay", "None or a number between 0 and 1")
+        for name in ("warmup", "cooldown"):
+            self._check_length(name)
+        if not _is_number(self.stage_factor) or not 0 < self.stage_factor <= 1:
+            self._refuse("stage_factor", "a number above 0 and at most 1")
         self._check_names()
         if self.schema_version != SCHEMA_VERSION:
             self._refuse("schema_version", f"{SCHEMA_VERSION}; update deepseek-r1 to read a later one")
@@ -128,11 +143,10 @@ class TrainingConfig:
         if getattr(self, name) not in allowed:
             self._refuse(name, "one of " + ", ".join(repr(a) for a in allowed))
 
-    def _check_warmup(self) -> None:
-        whole = _is_int(self.warmup) and self.warmup >= 0
-        part = isinstance(self.warmup, float) and 0 <= self.warmup < 1
-        if not (whole or part):
-            self._refuse("warmup", "a number of steps (an integer >= 0) or a fraction of the run (a float in [0, 1))")
+    def _check_length(self, name: str) -> None:
+        value = getattr(self, name)
+        if not ((_is_int(value) and value >= 0) or (isinstance(value, float) and 0 <= value < 1)):
+            self._refuse(name, "a number of steps (an integer >= 0) or a fraction of the run (a float in [0, 1))")
 
     def _check_names(self) -> None:
         if not isinstance(self.early_stop_metric, str):

@@ -11,7 +11,7 @@ The rule, in this order:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,11 +21,15 @@ from torch import Tensor, nn
 from ..core import InputError
 
 LossFunction = Callable[[Any, Any], Tensor]
+Penalty = Callable[[nn.Module], Tensor]
 IGNORED_CLASS = -100
 
 
 class Objective:
     """The loss of a model on a batch: the user's function, or the rule's choice made at the first batch.
+
+    Args:
+        penalties: functions of the model that a training step adds to the loss once, whatever its micro-batches.
 
     Attributes:
         name: what the loss is, once it is known.
@@ -38,9 +42,13 @@ class Objective:
         ('cross entropy', (2, 3))
     """
 
-    def __init__(self, model: nn.Module, loss: LossFunction | None = None) -> None:
+    def __init__(self, model: nn.Module, loss: LossFunction | None = None, penalties: Iterable[Penalty] = ()) -> None:
         if loss is not None and not callable(loss):
             raise InputError(f"loss={loss!r}: a function of (outputs, labels) is needed, as nn.MSELoss().")
+        self._model, self._penalties = model, list(penalties)
+        for penalty in self._penalties:
+            if not callable(penalty):
+                raise InputError(f"penalties has {penalty!r}; functions of the model that give a scalar are needed.")
         self._loss = loss
         self.reason = ""
         self.name = "" if loss is None else getattr(loss, "__name__", type(loss).__name__)
@@ -65,6 +73,22 @@ class Objective:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss ({self.name}) gave {what}; a scalar tensor is needed (reduction='mean').")
         return (loss if loss.ndim == 0 else loss.reshape(())), output
+
+    def penalty(self) -> Tensor | None:
+        """The sum of all penalties at the model's present weights; None if there are none.
+
+        Raises:
+            InputError: a penalty is no scalar tensor.
+        """
+        total: Tensor | None = None
+        for penalty in self._penalties:
+            value = penalty(self._model)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                name = getattr(penalty, "__name__", type(penalty).__name__)
+                raise InputError(f"the penalty {name} gave {what}; a scalar tensor is needed.")
+            total = value.reshape(()) if total is None else total + value.reshape(())
+        return total
 
 
 def own_loss(output: Any) -> Tensor | None:

@@ -1,7 +1,8 @@
-"""The default optimizer and the learning-rate schedule, as plain functions. Knows nothing about loops."""
+"""The optimizer of a run, from what the user gave, as plain functions. Knows nothing about loops."""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,26 +13,19 @@ from torch.optim import Optimizer
 
 from ..core import ConfigError, InputError
 from ._config import TrainingConfig
+from .optimizers import AdamW, AdamW8bit, AdaptiveOptimizer, Lion, Muon
 
-OptimizerLike = Optimizer | type[Optimizer] | Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerLike = str | Optimizer | type[Optimizer] | Callable[[Iterable[nn.Parameter]], Optimizer]
 
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices and kernels with decay, biases and norms without.
-
-    A parameter with fewer than two dimensions is a bias, a norm's scale or a single number: decaying it pulls
-    outputs towards zero and regularises nothing.
-
-    Example:
-        >>> [len(g["params"]) for g in decay_groups(nn.Linear(2, 2), 0.1)]
-        [1, 1]
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
+#: What can be asked for by name: the class and the options that the name stands for.
+BY_NAME: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (AdamW, {}),
+    "adamw8bit": (AdamW8bit, {}),
+    "paged_adamw8bit": (AdamW8bit, {"paged": True}),
+    "lion": (Lion, {}),
+    "muon": (Muon, {}),
+    "adaptive": (AdaptiveOptimizer, {}),
+}
 
 
 def make_optimizer(
@@ -40,22 +34,25 @@ def make_optimizer(
     """The optimizer to train with, and one sentence on it.
 
     Args:
-        given: None (AdamW), an instance (its own rates are kept, `lr` is not used), a class (called with the
-            parameters and `lr`) or a function of the parameters (decides on its own rate).
+        given: None ("adamw"), a name of `BY_NAME`, an instance (its own rates are kept, `lr` is not used), a class
+            (one of ours is made for the whole model, another is called with the parameters and `lr`) or a function of
+            the parameters (decides on its own rate).
 
     Raises:
         InputError: nothing to train, or `given` is no optimizer of this model's parameters.
-        ConfigError: `lr` is no number above zero.
+        ConfigError: `lr` is no number above zero, or the name is unknown.
     """
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
         raise ConfigError(f"Trainer(lr={lr!r}): a finite number > 0 is needed, such as 1e-3.")
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise InputError(f"{type(model).__name__} has no parameter with requires_grad=True, so nothing can be trained.")
-    if given is None:
-        plain = all(p.is_floating_point() for p in parameters)
-        optimizer: Any = torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=lr, fused=plain)
-        return optimizer, f"AdamW (lr {lr:g}, decay {config.weight_decay:g} except on biases and norms)"
+    if given is None or isinstance(given, str):
+        kind, options = _by_name(given or "adamw")
+        return _for_model(kind, model, lr, config.weight_decay, options)
+    if isinstance(given, type) and hasattr(given, "from_model"):
+        return _for_model(given, model, lr, config.weight_decay, {})
+    optimizer: Any
     if isinstance(given, Optimizer):
         optimizer, text = given, f"{type(given).__name__} as given, with its own learning rates"
     elif isinstance(given, type):
@@ -66,7 +63,10 @@ def make_optimizer(
     else:
         optimizer = None
     if not isinstance(optimizer, Optimizer):
-        raise InputError(f"optimizer={given!r}: an optimizer, its class, or a function of the parameters is needed.")
+        raise InputError(
+            f"optimizer={given!r}: a name ({', '.join(BY_NAME)}), an optimizer, its class, or a function of the "
+            "parameters is needed."
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise InputError("LBFGS runs the model several times a step, which the Trainer does not; use AdamW or SGD.")
     mine = {id(p) for p in parameters}
@@ -75,28 +75,34 @@ def make_optimizer(
     return optimizer, text
 
 
-def lr_factor(step: int, total: int | None, schedule: str, warmup: int | float) -> float:
-    """What the base learning rate is multiplied with at `step` (counted from 0) of `total`.
+def _by_name(name: str) -> tuple[Any, dict[str, Any]]:
+    if name not in BY_NAME:
+        near = difflib.get_close_matches(name.lower(), BY_NAME, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"optimizer={name!r} is unknown.{hint} Known: {', '.join(BY_NAME)}.")
+    return BY_NAME[name]
 
-    It climbs linearly over the warm-up, then stays ("constant") or falls to zero at the end of the run along a
-    line ("linear") or half a cosine ("cosine"; Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983).
 
-    Raises:
-        ConfigError: the schedule needs the number of steps, and it is unknown.
+def _for_model(
+    kind: Any, model: nn.Module, lr: float, weight_decay: float, options: dict[str, Any]
+) -> tuple[Optimizer, str]:
+    optimizer = kind.from_model(model, lr=lr, weight_decay=weight_decay, **options)
+    decay = f", decay {weight_decay:g} except on biases and norms" if "weight_decay" in optimizer.defaults else ""
+    paged = ", states paged" if options.get("paged") else ""
+    return optimizer, f"{kind.__name__} (lr {lr:g}{decay}{paged})"
 
-    Example:
-        >>> [round(lr_factor(s, 10, "linear", 2), 3) for s in (0, 1, 2, 6, 9)]
-        [0.5, 1.0, 1.0, 0.5, 0.125]
-    """
-    if total is None and (schedule != "constant" or isinstance(warmup, float)):
-        raise ConfigError(
-            f"TrainingConfig(schedule={schedule!r}, warmup={warmup!r}) needs the number of steps, but the loader has "
-            "no length; use schedule='constant' with warmup as a number of steps."
-        )
-    climb = round(warmup * total) if isinstance(warmup, float) and total else int(warmup)
-    if step < climb:
-        return (step + 1) / climb
-    if schedule == "constant" or total is None:
-        return 1.0
-    done = min(1.0, (step - climb) / max(1, total - climb))
-    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+def set_rates(optimizer: Optimizer, base_lrs: list[float], factor: float) -> None:
+    """Give every parameter group its base rate times `factor`. A rate that is a tensor stays the same tensor."""
+    for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(base * factor)
+        else:
+            group["lr"] = base * factor
+
+
+def tell_total(optimizer: Optimizer, total: int | None) -> None:
+    """Tell optimizers with a schedule of their own how many steps the run has, unless the user did."""
+    for group in optimizer.param_groups:
+        if total is not None and group.get("total_steps", total) is None:
+            group["total_steps"] = total

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..data._batch import batch_size, slice_batch, to_device, unpack_batch
+from ._clip import clip_grad_norm_, same_kind, total_norm
 from ._objective import Objective
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,7 +59,7 @@ def accumulate(
     independently; batch norm does not).
 
     Returns:
-        The mean loss (detached scalar) and the number of samples.
+        The mean loss with the objective's penalties (detached scalar) and the number of samples.
     """
     parts = [unpack_batch(batch) for batch in batches]
     sizes = [batch_size(part) for part in parts]
@@ -76,6 +77,12 @@ def accumulate(
             (weighted if scale is None else scale(weighted)).backward()
             sum_loss = weighted.detach() if sum_loss is None else sum_loss + weighted.detach()
     assert sum_loss is not None, "a step needs at least one batch"
+    penalty = objective.penalty()
+    if penalty is not None:
+        # Frozen parameters may leave nothing to differentiate.
+        if penalty.requires_grad:
+            (penalty if scale is None else scale(penalty)).backward()
+        sum_loss = sum_loss + penalty.detach().to(sum_loss.device)
     return sum_loss, total
 
 
@@ -133,7 +140,7 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 def _scaled_update(optimizer: Optimizer, scaler: torch.amp.GradScaler, clip: float | None) -> None:
     if clip is not None:
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(_parameters(optimizer), clip)
+        clip_grad_norm_(_parameters(optimizer), clip)
     scaler.step(optimizer)
     scaler.update()
 
@@ -141,7 +148,7 @@ def _scaled_update(optimizer: Optimizer, scaler: torch.amp.GradScaler, clip: flo
 def _not_finite(loss: Tensor, parameters: list[nn.Parameter], clip: float | None) -> bool | Tensor:
     """Whether the loss or any gradient is not finite. Reads the device only if it is the CPU."""
     if clip is not None:
-        total = nn.utils.clip_grad_norm_(parameters, clip)
+        total = clip_grad_norm_(parameters, clip)
         found = (~torch.isfinite(loss.float() + total.to(loss.device))).float()
     else:
         found = _found_inf([loss, *(p.grad for p in parameters if p.grad is not None)])
@@ -154,7 +161,7 @@ def found_on_device(loss: Tensor, optimizer: Optimizer, clip: float | None) -> t
     Gradients are read once and not written: a fused optimizer divides them as it goes.
     """
     gradients = [p.grad for p in _parameters(optimizer)]
-    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))  # type: ignore[arg-type]
+    total = total_norm([g for g in gradients if g is not None])
     bad = (~torch.isfinite(loss.float() + total)).float()
     return bad, None if clip is None else ((total + 1e-6) / clip).clamp(min=1.0)
 
@@ -162,12 +169,8 @@ def found_on_device(loss: Tensor, optimizer: Optimizer, clip: float | None) -> t
 def _found_inf(values: list[Tensor]) -> Tensor:
     """1.0 if any value is not finite, else 0.0, on the device of the first."""
     found = torch.zeros((), device=values[0].device)
-    rest: dict[Any, list[Tensor]] = {}
-    for value in values:
-        if value.layout != torch.strided:
-            value = value.coalesce().values() if value.layout == torch.sparse_coo else value.to_dense()
-        rest.setdefault((value.device, value.dtype), []).append(value)
-    for (device, _), group in rest.items():
+    dense = [v if v.layout == torch.strided else v.coalesce().values() for v in values]
+    for (device, _), group in same_kind(dense).items():
         # What torch's GradScaler calls, with a scale of one: a single kernel where norms or sums take many.
         there = found if device == found.device else torch.zeros((), device=device)
         torch._amp_foreach_non_finite_check_and_unscale_(group, there, _one(device))
@@ -184,8 +187,8 @@ def _one(device: torch.device) -> Tensor:
 def guarded_update(optimizer: Optimizer, bad: bool | Tensor) -> bool | Tensor:
     """`optimizer.step()` unless `bad`; gives `bad` back.
 
-    Fused CUDA optimizers take the verdict on the device (the door that torch's GradScaler uses), so that the host
-    need not wait for it. Others cost one wait per step.
+    Fused CUDA optimizers and those of `train.optimizers` take the verdict on the device (the door that torch's
+    GradScaler uses), so that the host need not wait for it. Others cost one wait per step.
     """
     if isinstance(bad, Tensor) and skips_on_device(optimizer):
         optimizer.found_inf = bad  # type: ignore[attr-defined]
@@ -202,6 +205,8 @@ def guarded_update(optimizer: Optimizer, bad: bool | Tensor) -> bool | Tensor:
 
 def skips_on_device(optimizer: Optimizer) -> bool:
     """Whether an optimizer leaves out an update by a number on the device, as torch's fused ones do."""
+    if getattr(optimizer, "skips_on_device", False):
+        return True
     fused: Iterable[Any] = (group.get("fused") for group in optimizer.param_groups)
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(fused)
 

@@ -20,8 +20,9 @@ from ._device_run import BadStep, DeviceRun
 from ._device_step import device_step
 from ._diagnose import first_non_finite
 from ._objective import Objective
-from ._optim import lr_factor
+from ._optim import set_rates, tell_total
 from ._progress import Progress
+from ._schedule import config_lr_factor
 from ._step import make_scaler, skips_on_device, train_step
 
 #: In the message of torch's own error for a batch norm with one value a channel.
@@ -73,13 +74,15 @@ class Stepper:
         self._compile_blocks()
         try:
             if self._device.type == "cuda" and self.scaler is None and skips_on_device(self._optimizer):
-                self._run = DeviceRun(self._started, self._optimizer, self._device, graphs=bool(c.cuda_graph))
+                # Paged states are brought by the host, which a recording leaves out.
+                graphs = bool(c.cuda_graph) and not getattr(self._optimizer, "paged", False)
+                self._run = DeviceRun(self._started, self._optimizer, self._device, graphs=graphs)
             yield
         finally:
             self._blocks.close()
-            if self._run is not None and (graphs := self._run.graphs) is not None:
-                many = f"whole steps, for {graphs.recorded} shape(s) of batches"
-                self._graphs = f"not used: {graphs.refused}" if graphs.refused else many
+            if self._run is not None and (recorded := self._run.graphs) is not None:
+                many = f"whole steps, for {recorded.recorded} shape(s) of batches"
+                self._graphs = f"not used: {recorded.refused}" if recorded.refused else many
                 if self._forward is not self._model and c.compile is not True:
                     self._graphs += "; the model is compiled as a whole, as otherwise the host waits within a step"
             if self._run is not None:
@@ -120,9 +123,10 @@ class Stepper:
         began = time.perf_counter()
         c, progress = self._config, self.progress
         if c.schedule != "constant" or c.warmup:
-            factor = lr_factor(progress.step - progress.first_step, total, c.schedule, c.warmup)
-            for group, base in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
-                group["lr"] = base * factor
+            factor = config_lr_factor(progress.step - progress.first_step, total, c)
+            set_rates(self._optimizer, self.base_lrs, factor)
+        if progress.step == progress.first_step:
+            tell_total(self._optimizer, total)
         number = progress.step + 1
         try:
             loss, samples = self._taken(window, number)
@@ -186,6 +190,13 @@ class Stepper:
             f"The step was not applied. {advice(self._config.save_dir)} Common ways out: a smaller lr, "
             "clip_grad_norm=1.0, a warm-up, precision='fp32', cleaner data."
         )
+
+
+def check_batch_size(loader: Any, micro: int | None) -> None:
+    """Raise ConfigError if a micro-batch is larger than the loader's batch, where the loader says how large that is."""
+    size = getattr(loader, "batch_size", None)
+    if micro is not None and isinstance(size, int) and micro > size:
+        raise too_large(micro, size)
 
 
 def too_large(micro: int, size: int) -> ConfigError:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core import Report, probe
+from ._objective import Objective
+from ._progress import Progress
 
 #: Fields of the configuration that change no number of a run, so that a resumed run may differ in them.
 _HARMLESS = {"save_dir", "save_every_steps", "save_every_epochs", "keep_last", "log_every"}
@@ -26,6 +28,22 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], batch_before:
     if batch_before is not None and batch_before != batch:
         changed.append(f"the loader's batch size (was {batch_before}, is {batch})")
     return f"; changed since, so not an exact continuation: {', '.join(changed)}" if changed else ""
+
+
+def run_notes(reasons: Mapping[str, str], loss: Objective, progress: Progress, taken: int) -> list[str]:
+    """What was chosen and why, and how the run ended.
+
+    Args:
+        taken: steps taken in this call of `train`.
+    """
+    notes = [f"{name}: {reason}" for name, reason in reasons.items()]
+    if loss.name:
+        notes.append(f"loss: {loss.name}" + (f", chosen for {loss.reason}" if loss.reason else ", as given"))
+    if not taken:
+        notes.append(f"no step was taken: the run has its {progress.epoch} epoch(s) already; ask for more to go on")
+    if progress.stopped:
+        notes.append(f"stopped early: {progress.stopped}")
+    return notes
 
 
 def best_entry(history: Sequence[dict[str, Any]], metric: str, mode: str) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from torch import nn
 from .. import deploy
 from ..core import ConfigError, InputError, Report, progress
 from . import _checkpoint as disk
-from ._callbacks import Callback, EarlyStopping, call, check_callbacks, overriding
+from ._callbacks import Callback, call, check_callbacks, overriding
 from ._config import TrainingConfig, resolve
+from ._configured import configured
+from ._ema import averaged, averaged_copy
 from ._epoch import Place, batches, check_loader, empty_loader, epoch_start, steps_in_epoch, windows
 from ._evaluate import evaluate, example_inputs, mode, placed, predict
 from ._interrupt import Interrupts
-from ._objective import LossFunction, Objective
-from ._optim import OptimizerLike, lr_factor, make_optimizer
+from ._objective import LossFunction, Objective, Penalty
+from ._optim import OptimizerLike, make_optimizer
 from ._progress import Progress
 from ._rng import (
     cpu_threads,
@@ -37,8 +39,9 @@ from ._rng import (
     set_loader_state,
     set_rng_state,
 )
-from ._stepper import Stepper, too_large
-from ._summary import differences, summarise
+from ._schedule import config_lr_factor
+from ._stepper import Stepper, check_batch_size
+from ._summary import differences, run_notes, summarise
 
 
 class Trainer:
@@ -57,9 +60,12 @@ class Trainer:
         config: see `TrainingConfig`. What it leaves on "auto" is settled here, once; `Trainer.config` is the result.
         loss: a function of (outputs, labels) that gives the mean over the batch. None: chosen at the first batch
             (the model's own loss, cross entropy, binary cross entropy or mean squared error; see docs/training.md).
-        optimizer: None (AdamW), an optimizer, its class, or a function parameters -> optimizer.
+        optimizer: None ("adamw"), a name ("adamw8bit", "lion", "muon", ...; docs/optimizers.md), an optimizer, its
+            class, or a function parameters -> optimizer.
         callbacks: instances of `Callback`.
         metrics: name -> function of (outputs, labels), used in evaluation. None: chosen like the loss.
+        penalties: functions of the model, each giving a scalar that is added to the loss of every training step, such
+            as `ElasticWeightConsolidation`. Evaluation leaves them out.
 
     Raises:
         ConfigError, InputError: an argument cannot be used; the message says what can.
@@ -83,6 +89,7 @@ class Trainer:
         optimizer: OptimizerLike | None = None,
         callbacks: Iterable[Callback] = (),
         metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+        penalties: Iterable[Penalty] = (),
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"Trainer(model={type(model).__name__}): an nn.Module is needed.")
@@ -99,13 +106,9 @@ class Trainer:
         self.metrics = metrics
         with placed(model, self.device):
             self.optimizer, self._reasons["optimizer"] = make_optimizer(model, lr, self.config, optimizer)
-        self.callbacks = check_callbacks(callbacks)
-        if self.config.early_stop_patience is not None:
-            c = self.config
-            stopping = EarlyStopping(self.config.early_stop_patience, c.early_stop_metric, c.early_stop_mode)
-            self.callbacks.insert(0, stopping)
+        self.callbacks = [*configured(self.config), *check_callbacks(callbacks)]
         self.resumed = False
-        self._objective = Objective(model, loss)
+        self._objective = Objective(model, loss, penalties)
         self._stepper = Stepper(
             model, self.optimizer, self._objective, self.config, may_compile=given.compile == "auto"
         )
@@ -143,6 +146,15 @@ class Trainer:
         self._progress.read()
         return self._progress.points
 
+    @property
+    def ema_model(self) -> nn.Module:
+        """A copy of the model with the moving averages of its parameters (`TrainingConfig.ema_decay`)."""
+        return averaged_copy(self.callbacks, self.model)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside this context the model has the moving averages of its parameters, if they are kept."""
+        return averaged(self.callbacks, self.model)
+
     # The verbs.
 
     def train(self, epochs: int = 3) -> Report:
@@ -161,8 +173,8 @@ class Trainer:
             raise ConfigError(f"train(epochs={epochs!r}): an integer >= 1 is needed.")
         per_epoch = steps_in_epoch(self.train_loader, self.config.gradient_accumulation_steps)
         total = None if per_epoch is None else per_epoch * epochs
-        lr_factor(0, total, self.config.schedule, self.config.warmup)
-        self._check_micro_batch()
+        config_lr_factor(0, total, self.config)
+        check_batch_size(self.train_loader, self.config.micro_batch_size)
         self._begin_run()
         last_epoch, first = self._progress.first_epoch + epochs, self.step
         with ExitStack() as stack:
@@ -200,7 +212,7 @@ class Trainer:
         source = self.val_loader if loader is None else loader
         if source is None:
             raise InputError("evaluate() needs a loader: give one, or make the Trainer with val_loader=.")
-        with placed(self.model, self.device):
+        with placed(self.model, self.device), self.averaged():
             self._stepper.settle()
             return evaluate(
                 self.model, source, self._objective, self.metrics, device=self.device, precision=self.config.precision
@@ -208,7 +220,7 @@ class Trainer:
 
     def predict(self, loader: Iterable[Any]) -> Any:
         """The model's outputs for a whole loader, concatenated on the CPU (labels in the batches are ignored)."""
-        with placed(self.model, self.device):
+        with placed(self.model, self.device), self.averaged():
             self._stepper.settle()
             return predict(self.model, loader, device=self.device, precision=self.config.precision)
 
@@ -225,7 +237,7 @@ class Trainer:
             loader = self.train_loader if self.val_loader is None else self.val_loader
             options["example_inputs"] = example_inputs(loader, self.device)
         place = next(self.model.parameters()).device
-        with mode(self.model, False), preserved_rng(self.device):
+        with self.averaged(), mode(self.model, False), preserved_rng(self.device):
             try:
                 return deploy.export(self.model.cpu(), path, **options)
             finally:
@@ -354,12 +366,6 @@ class Trainer:
         if self.config.save_dir is not None:
             disk.refuse_later(Path(self.config.save_dir), self.step, {name for name, _ in self._skipped})
 
-    def _check_micro_batch(self) -> None:
-        size = getattr(self.train_loader, "batch_size", None)
-        micro = self.config.micro_batch_size
-        if micro is not None and isinstance(size, int) and micro > size:
-            raise too_large(micro, size)
-
     def _run_epoch(self, total: int | None, advance: Callable[[int, str], None]) -> None:
         state, place = self._progress, self._place
         if place is None:
@@ -436,16 +442,9 @@ class Trainer:
     def _report(self, taken: int) -> Report:
         state, c = self._progress, self.config
         state.read()
-        loss = self._objective
         if self._stepper.graphs:
             self._reasons["cuda_graph"] = self._stepper.graphs
-        notes = [f"{name}: {reason}" for name, reason in self._reasons.items()]
-        if loss.name:
-            notes.append(f"loss: {loss.name}" + (f", chosen for {loss.reason}" if loss.reason else ", as given"))
-        if not taken:
-            notes.append(f"no step was taken: the run has its {state.epoch} epoch(s) already; ask for more to go on")
-        if state.stopped:
-            notes.append(f"stopped early: {state.stopped}")
+        notes = run_notes(self._reasons, self._objective, state, taken)
         return summarise(
             history=[e for e in state.history if e["epoch"] > state.first_epoch],
             losses=[(step, value) for step, value in self.losses if step > state.first_step],
