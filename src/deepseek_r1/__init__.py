@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .nn import Sequential as Sequential  # isort: skip
     from .train import AdamW as AdamW, Muon as Muon  # isort: skip
     from torch.nn import *  # type: ignore[assignment]  # noqa: F403
-    from torch.optim import *  # noqa: F403
+    from torch.optim import *  # type: ignore[assignment]  # noqa: F403
 
     from . import compression as compression
     from . import core as core
