@@ -52,7 +52,6 @@ class BlockCode:
         numbers = dynamic_code(signed)
         self._numbers = numbers.to(device)
         self._bounds = ((numbers[1:].double() + numbers[:-1].double()) / 2).float().to(device)
-        self.zero = int((numbers == 0).nonzero())
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """Numbers [rows, 256] in fp32 of codes [rows, 256] and scales [rows]."""

@@ -44,7 +44,8 @@ class Tick:
         else:
             value = torch.full((), value, dtype=torch.float64, device=self.count.device)
         if self.bad is not None:
-            value = torch.where(self.bad, idle, value)
+            # A tensor on the device: of a number torch makes one that is copied there, for which it would wait.
+            value = torch.where(self.bad, torch.full_like(value, idle), value)
         return value.to(dtype)
 
     def correction(self, beta: float) -> Tensor:
