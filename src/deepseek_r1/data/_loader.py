@@ -6,14 +6,12 @@ Knows orders, plans and passes. Knows nothing about models or files.
 from __future__ import annotations
 
 import inspect
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ..core import ConfigError, InputError, Report
 from ._ahead import OnDevice, checked_device
@@ -21,17 +19,11 @@ from ._arguments import check, resolved, tuned
 from ._assemble import Padding
 from ._batching import Batching, Plan
 from ._buckets import batch_sizes
-from ._generators import (
-    kept_process_state,
-    loader_state,
-    process_state,
-    same_process_state,
-    set_loader_state,
-    set_process_state,
-)
+from ._generators import loader_state, process_state, same_process_state, set_loader_state, set_process_state
+from ._order import Order
 from ._pass import Pass, Position, Tasks
-from ._reader import Collated, Packed, Padded, Reader, Stream, Task, WorkerStart, as_is, follow_epoch
-from ._samples import Layout, Length, distinct, find_layout, read_lengths
+from ._reader import Collated, Packed, Padded, Reader, Stream, WorkerStart, as_is, follow_epoch
+from ._samples import Length
 from ._told import loader_report
 from ._tuning import Setting, Tuner
 
@@ -127,11 +119,12 @@ class DSDataLoader(DataLoader[Any]):
             # No one number is right, and whoever asks for it must not take it for one.
             vars(self)["batch_size"] = None
         self._options, self._why, self._tuner = options, why, tuner
+        self._auto = tuner.active
         self._cap = given.get("batch_size", 1) if options.max_tokens is None else given.get("batch_size")
         self._own_collate = given.get("collate_fn") is not None
-        self._plan: tuple[int, Plan] | None = None
-        self._layout: Layout | None = None
-        self._lengths_s = 0.0
+        self._order = Order(self.dataset, self.sampler, self.batch_sampler, options, self._cap, self.drop_last)
+        self._counts: dict[str, int] | None = None
+        # Kept only while its workers live on.
         self._inner: tuple[tuple[Any, ...], DataLoader[Any], Tasks | None] | None = None
         self._position: Position | None = None
         self._pending: dict[str, Any] | None = None
@@ -146,7 +139,7 @@ class DSDataLoader(DataLoader[Any]):
         if pending is None:
             position = Position(epoch, self._start_state())
             try:
-                source = self._open(epoch)
+                source, _ = self._open(epoch)
             except Exception as e:
                 if not self._tuner.trial:
                     raise
@@ -184,9 +177,9 @@ class DSDataLoader(DataLoader[Any]):
         alive = self._inner is not None and getattr(self._inner[1], "_iterator", None) is not None
         return {"process": process_state(), "loader": loader_state(self), "workers_alive": alive}
 
-    def _open(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+    def _open(self, epoch: int, skip: int = 0) -> tuple[Iterator[Any], Tasks | None]:
         """Begin to read pass number `epoch`, without its first `skip` batches."""
-        inner, tasks = self._reading()
+        inner, tasks = self._reading(epoch)
         if tasks is None:
             follow_epoch(self.dataset, epoch)
         else:
@@ -194,10 +187,14 @@ class DSDataLoader(DataLoader[Any]):
         with warnings.catch_warnings():
             # Said once, when the user made this loader.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
-            source = iter(inner) if inner is not self else super().__iter__()
-        if inner is not self:
-            self._iterator = inner._iterator
-        return source
+            if inner is self:
+                return super().__iter__(), None
+            if self._auto and inner._iterator is not None:
+                # Workers that live on draw no seed; without this their number would change the order of the data.
+                torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+            source = iter(inner)
+        self._iterator = inner._iterator
+        return source, tasks
 
     def _reopen(self, epoch: int, state: dict[str, Any]) -> Iterator[Any]:
         """Begin a pass as it began before, and go to where it was."""
@@ -212,8 +209,7 @@ class DSDataLoader(DataLoader[Any]):
             self._open(epoch)
         set_process_state(start["process"])
         set_loader_state(self, {**start["loader"], "passes": None})
-        source = self._open(epoch, batch if exact else 0)
-        tasks = None if self._inner is None else self._inner[2]
+        source, tasks = self._open(epoch, batch if exact else 0)
         if not exact:
             for done in range(batch):
                 if next(source, source) is source:
@@ -224,7 +220,7 @@ class DSDataLoader(DataLoader[Any]):
             set_process_state(now)
         return source
 
-    def _reading(self) -> tuple[DataLoader[Any], Tasks | None]:
+    def _reading(self, epoch: int) -> tuple[DataLoader[Any], Tasks | None]:
         """What reads the next pass: torch's loader on tasks or on a stream of batches, or this very loader."""
         stream = not self._by_tasks
         if stream and self._options.batching == "fixed":
@@ -235,7 +231,7 @@ class DSDataLoader(DataLoader[Any]):
         )  # fmt: skip
         if self._inner is not None and self._inner[0] == setting and self.persistent_workers:
             return self._inner[1], self._inner[2]
-        tasks = None if stream else Tasks(self._tasks)
+        tasks = None if stream else Tasks(self._order.tasks)
         workers: dict[str, Any] = {}
         if self.num_workers:
             workers = {
@@ -247,23 +243,20 @@ class DSDataLoader(DataLoader[Any]):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             inner: DataLoader[Any] = DataLoader(
-                self._stream() if stream else self._reader(), batch_size=None, sampler=tasks, collate_fn=as_is,
+                self._stream() if stream else self._reader(epoch), batch_size=None, sampler=tasks, collate_fn=as_is,
                 pin_memory=self.pin_memory, generator=self.generator, **workers,
             )  # fmt: skip
-        self._inner = (setting, inner, tasks)
+        self._inner = (setting, inner, tasks) if self.persistent_workers and self.num_workers else None
         return inner, tasks
 
-    def _reader(self) -> Reader:
+    def _reader(self, epoch: int) -> Reader:
         o, seed = self._options, self.seed if self._seeds_batches else None
         if o.batching == "fixed" or self._own_collate:
-            if o.batching == "buckets":
-                self.plan()
             return Reader(self.dataset, Collated(self.collate_fn), batched=self.batch_sampler is not None, seed=seed)
-        plan, padding = self.plan(), Padding(o.padding, o.model_shifts_labels)
-        assert self._layout is not None, "found with the plan"
+        (plan, layout), padding = self._order.planned(epoch), Padding(o.padding, o.model_shifts_labels)
         if o.batching == "packed":
-            return Reader(self.dataset, Packed(self._layout, padding, plan.max_length, plan.most_samples), seed=seed)
-        return Reader(self.dataset, Padded(self._layout, padding, plan.max_length), seed=seed)
+            return Reader(self.dataset, Packed(layout, padding, plan.max_length, plan.most_samples), seed=seed)
+        return Reader(self.dataset, Padded(layout, padding, plan.max_length), seed=seed)
 
     def _stream(self) -> Stream:
         o = self._options
@@ -271,23 +264,13 @@ class DSDataLoader(DataLoader[Any]):
         shapes = o.shapes if buckets else None
         longest = o.max_length if not shapes else min(o.max_length or shapes[-1], shapes[-1])
         assert longest is not None, "checked when the loader was made"
-        return Stream(
+        stream = Stream(
             self.dataset, length=o.length, padding=Padding(o.padding, o.model_shifts_labels), max_length=longest,
             rows=self._cap or 1, window=o.window, too_long=o.too_long, drop_last=self.drop_last, shapes=shapes,
             sizes=batch_sizes(shapes, self._cap, o.max_tokens) if shapes else (),
         )  # fmt: skip
-
-    def _tasks(self, epoch: int) -> Iterator[Task]:
-        follow_epoch(self.dataset, epoch)
-        if self._options.batching == "fixed":
-            for number, keys in enumerate(self.sampler if self.batch_sampler is None else self.batch_sampler):
-                yield Task(epoch, number, keys)
-            return
-        plan = self.plan(epoch)
-        order = np.fromiter((int(i) for i in self.sampler), np.int64)
-        batches = plan.batches_of(order, mixed=not isinstance(self.sampler, SequentialSampler))
-        for number, (length, keys) in enumerate(batches):
-            yield Task(epoch, number, keys, length)
+        self._counts = stream.counts
+        return stream
 
     def _ended(self, position: Position) -> None:
         if self._tuner.active:
@@ -328,35 +311,14 @@ class DSDataLoader(DataLoader[Any]):
         """
         if self._options.batching == "fixed" or not self._by_tasks:
             raise ConfigError("plan() is for batching='buckets' or 'packed' and a dataset that is no stream.")
-        number = self.passes_begun if epoch is None else epoch
-        changes = hasattr(self.dataset, "set_epoch")
-        if self._plan is None or (changes and self._plan[0] != number):
-            began = time.perf_counter()
-            follow_epoch(self.dataset, number)
-            with kept_process_state():
-                lengths = read_lengths(self.dataset, self._options.length)
-                if not len(lengths):
-                    raise InputError("the dataset is empty (0 samples). Check the path or the split.")
-                self._layout = find_layout([self.dataset[i] for i in distinct(lengths)], self._options.length)
-            self._lengths_s = time.perf_counter() - began
-            self._plan = number, Plan(lengths, self._options, self._cap, self.drop_last)
-        return self._plan[1]
+        return self._order.planned(self.passes_begun if epoch is None else epoch)[0]
 
     def __len__(self) -> int:
         if self._options.batching == "fixed":
             return super().__len__()
         if not self._by_tasks:
             raise TypeError("a stream in length buckets or packed rows has no length before it is read.")
-        known = isinstance(self.sampler, SequentialSampler) or (
-            isinstance(self.sampler, RandomSampler)
-            and not self.sampler.replacement
-            and self.sampler.num_samples == len(self.dataset)  # type: ignore[arg-type]
-        )
-        if not known:
-            raise TypeError(
-                "how many batches there are depends on which samples the sampler draws; it is known after each pass."
-            )
-        return self.plan().batches
+        return self._order.batches(self.passes_begun)
 
     # State and report.
 
@@ -415,12 +377,10 @@ class DSDataLoader(DataLoader[Any]):
     @property
     def report(self) -> Report:
         """What was chosen and measured so far: batching, fill, samples that were too long, waiting, workers."""
-        plan = None if self._plan is None else self._plan[1]
-        stream = None if self._inner is None else getattr(self._inner[1].dataset, "counts", None)
         report = loader_report(
-            batching=self.batching, why=self._why, plan=plan, counts=stream, lengths_s=self._lengths_s,
-            position=self._position, too_long=self._options.too_long, workers=self.num_workers,
-            decisions=self._tuner.decisions, notes=self._notes,
+            batching=self.batching, why=self._why, plan=self._order.plan, counts=self._counts,
+            lengths_s=self._order.lengths_s, position=self._position, too_long=self._options.too_long,
+            workers=self.num_workers, decisions=self._tuner.decisions, notes=self._notes,
         )  # fmt: skip
         report.facts.update(seed=self.seed, device=str(self.device or "cpu"), passes=self.passes_begun)
         return report

@@ -235,7 +235,7 @@ class WorkerStart:
         info = get_worker_info()
         assert info is not None, "called in workers only"
         # The object refuses assignments, and knows only the dataset around the user's.
-        vars(info)["dataset"] = info.dataset.dataset  # type: ignore[attr-defined]
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # type: ignore[attr-defined]
         if self.then is not None:
             self.then(worker_id)
 
