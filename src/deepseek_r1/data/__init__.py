@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._batch import batch_size, slice_batch, unpack_batch
 from ._buckets import choose_shapes
 from ._digits import digits
+from ._domain import DomainAdapter, DomainMixture, term_mask
 from ._labels import TASKS, class_dim, class_hits
 from ._load import load_data
 from ._loader import DSDataLoader
@@ -16,6 +17,8 @@ __all__ = [
     "TASKS",
     "DSDataLoader",
     "DataSplits",
+    "DomainAdapter",
+    "DomainMixture",
     "Packing",
     "batch_size",
     "block_mask",
@@ -30,5 +33,6 @@ __all__ = [
     "sample_weights",
     "slice_batch",
     "split",
+    "term_mask",
     "unpack_batch",
 ]
