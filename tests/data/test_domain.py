@@ -144,6 +144,6 @@ def test_terms_that_cannot_be_looked_for():
         term_mask(torch.tensor([1]), [[]])
     with pytest.raises(InputError, match="integers"):
         term_mask(torch.rand(3), [[1]])
-    with pytest.raises(InputError, match="one entry a token|one"):
+    with pytest.raises(InputError, match="one "):
         term_mask(torch.tensor([1, 2]), [[1]], sequence_ids=torch.tensor([1]))
     assert Clinic(1).term_weights(torch.tensor([[7, 7, 8]]), weight=4).tolist() == [[1, 4, 4]]

@@ -1,4 +1,4 @@
-"""Where nothing more is asked, DSDataLoader gives what torch's loader gives, draws what it draws and fails as it does."""
+"""Where nothing more is asked, DSDataLoader gives what torch's loader gives, draws and fails as it does."""
 
 import random
 

@@ -77,9 +77,7 @@ def test_shuffled_rows_differ_between_passes_and_are_the_same_for_a_seed():
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_buckets_hold_every_sample_in_few_shapes(shuffle):
     samples = _dicts(200)
-    loader = DSDataLoader(
-        samples, batching="buckets", max_shapes=3, multiple=8, batch_size=7, shuffle=shuffle, seed=1
-    )
+    loader = DSDataLoader(samples, batching="buckets", max_shapes=3, multiple=8, batch_size=7, shuffle=shuffle, seed=1)
     seen, shapes = [], set()
     batches = list(loader)
     for batch in batches:

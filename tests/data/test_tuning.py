@@ -89,9 +89,7 @@ def test_a_slow_dataset_gets_workers_and_keeps_its_order(monkeypatch):
     monkeypatch.setattr(tuning, "_LEAST_WAIT_S", 0.1)
     torch.manual_seed(0)
     # With living workers, starting them is not paid for in every pass.
-    loader = DSDataLoader(
-        Slow(), 2, True, seed=1, num_workers="auto", prefetch_factor="auto", persistent_workers=True
-    )
+    loader = DSDataLoader(Slow(), 2, True, seed=1, num_workers="auto", prefetch_factor="auto", persistent_workers=True)
     plain = DSDataLoader(Slow(0), 2, True, seed=1)
     loader._tuner.cores = 2
     workers = []
@@ -155,7 +153,7 @@ def test_words_other_than_auto_are_refused():
     with pytest.raises(ConfigError, match="multiprocessing_context"):
         DSDataLoader([1], num_workers="auto", multiprocessing_context="spawn")
     loader = DSDataLoader([1], num_workers=0, prefetch_factor="auto")
-    assert list(loader)[0].tolist() == [1]
+    assert next(iter(loader)).tolist() == [1]
 
 
 @pytest.mark.tiny

@@ -60,12 +60,12 @@ def check(given: dict[str, Any], options: Batching, seed: int | None) -> None:
             "DSDataLoader(batching='packed') puts the rows together itself; leave collate_fn out, or change the "
             "samples in the dataset."
         )
-    if isinstance(given["dataset"], IterableDataset) and options.batching == "buckets":
-        if options.shapes is None or given.get("collate_fn") is not None:
-            raise ConfigError(
-                "DSDataLoader(batching='buckets') on a stream needs shapes=(...), as the lengths are not known before "
-                "they are read, and takes no collate_fn."
-            )
+    stream = isinstance(given["dataset"], IterableDataset) and options.batching == "buckets"
+    if stream and (options.shapes is None or given.get("collate_fn") is not None):
+        raise ConfigError(
+            "DSDataLoader(batching='buckets') on a stream needs shapes=(...), as the lengths are not known before they "
+            "are read, and takes no collate_fn."
+        )
 
 
 def tuned(given: dict[str, Any]) -> tuple[dict[str, Any], Tuner, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Samples of different lengths as one batch: padded to one length, or several in a row. Knows nothing about datasets."""
+"""Samples of different lengths as one batch: padded to one length, or several in a row. Knows no datasets."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def pack_batch(
             batch[name] = _rows([[part[None] for part in row] for row in parts], name, wide, padding)
     batch["sequence_ids"], batch["position_ids"] = _sequences(sizes, length)
     if padding.model_shifts:
-        for name in LABEL_KEYS + (1,):
+        for name in (*LABEL_KEYS, 1):
             if name in batch and name in layout.tokens:
                 batch[name].masked_fill_(batch["position_ids"] == 0, NO_LABEL)
     return batch if layout.kind != "tuple" else _as_pair(batch, layout)
@@ -116,9 +116,7 @@ def _as_pair(batch: dict[Any, Any], layout: Layout) -> Any:
 def _rows(parts: Sequence[Sequence[Tensor]], name: str | int, length: int, padding: Padding) -> Tensor:
     """One tensor [rows, length, ...] with the parts of each row one after another."""
     first = parts[0][0]
-    whole = torch.full(
-        (len(parts), length, *first.shape[1:]), padding.value(name, first.dtype), dtype=first.dtype
-    )
+    whole = torch.full((len(parts), length, *first.shape[1:]), padding.value(name, first.dtype), dtype=first.dtype)
     for row, mine in enumerate(parts):
         at = 0
         for part in mine:

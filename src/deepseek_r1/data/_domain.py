@@ -79,7 +79,9 @@ def term_mask(
         tensor([ True, False, False,  True,  True,  True])
     """
     if input_ids.ndim not in (1, 2) or input_ids.is_floating_point():
-        raise InputError(f"term_mask: integers [L] or [B, L] are needed, not {input_ids.dtype} {tuple(input_ids.shape)}.")
+        raise InputError(
+            f"term_mask: integers [L] or [B, L] are needed, not {input_ids.dtype} {tuple(input_ids.shape)}."
+        )
     if sequence_ids is not None and sequence_ids.shape != input_ids.shape:
         raise InputError(
             f"sequence_ids have shape {tuple(sequence_ids.shape)} and input_ids {tuple(input_ids.shape)}; both need one "
@@ -114,7 +116,7 @@ def _mark(mask: np.ndarray, tokens: np.ndarray, owners: np.ndarray | None, terms
     factors = np.random.default_rng(0).integers(1, 2**63, size, dtype=np.int64) | 1
     with np.errstate(over="ignore"):
         hashes = (terms * factors).sum(1)
-        sums = sum(windows[..., i] * factors[i] for i in range(size))
+        sums = (windows * factors).sum(-1)
     order = np.argsort(hashes, kind="stable")
     at = np.minimum(np.searchsorted(hashes[order], sums), len(hashes) - 1)
     found = hashes[order][at] == sums
@@ -181,7 +183,9 @@ class DomainMixture(Dataset[Any]):
             raise ConfigError("DomainMixture(lambda_domain=0, lambda_general=0): one of the two must not be 0.")
         if mode not in MODES:
             raise ConfigError(f'DomainMixture(mode={mode!r}): "sampling" or "loss" is needed.')
-        if length is not None and (mode == "loss" or isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        if length is not None and (
+            mode == "loss" or isinstance(length, bool) or not isinstance(length, int) or length < 1
+        ):
             raise ConfigError(f'DomainMixture(length={length!r}): an integer >= 1, for mode="sampling" only.')
         self.sources = (domain, general)
         self.lambdas = (float(lambda_domain), float(lambda_general))

@@ -25,7 +25,7 @@ from ._pass import Pass, Position, Tasks
 from ._reader import Collated, Packed, Padded, Reader, Stream, WorkerStart, as_is, follow_epoch
 from ._samples import Length
 from ._told import loader_report
-from ._tuning import Setting, Tuner
+from ._tuning import Setting
 
 _TORCH = inspect.signature(DataLoader.__init__)
 STATE_VERSION = 1

@@ -35,7 +35,7 @@ class Position:
 
 
 class Tasks:
-    """The inner loader's sampler: the tasks of pass number `epoch`, from `skip` on, drawn when the first is asked for."""
+    """The inner loader's sampler: tasks of pass number `epoch`, from `skip` on, drawn when the first is asked for."""
 
     def __init__(self, draw: Callable[[int], Iterator[Any]]) -> None:
         self._draw = draw

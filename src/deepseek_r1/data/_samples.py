@@ -104,7 +104,9 @@ def find_layout(samples: Sequence[Any], length: Length = None) -> Layout:
     names = list(table[0])
     for fields in table:
         if set(fields) != set(names):
-            raise InputError(f"samples differ in their fields: {names} and {list(fields)}; every sample needs the same.")
+            raise InputError(
+                f"samples differ in their fields: {names} and {list(fields)}; every sample needs the same."
+            )
     chosen = length if length is not None else _length_field(table[0])
     if not callable(chosen) and chosen not in names:
         raise InputError(f"length={chosen!r} is no field of the samples; they have {names}.")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from ..core import Report
 from ._batching import Plan
 from ._pass import Position
-from ._samples import Length
 
 _BECAME = {"truncate": "cut to max_length", "skip": "left out", "error": "refused"}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 _STARVED = 0.05
 #: Seconds of waiting in a pass below which starting processes costs more than it can save.
 _LEAST_WAIT_S = 1.0
-#: What a batch out of a worker costs the reader even if it lies ready (queue, shared memory), measured at 0.2 to 0.5 ms.
+#: What a batch out of a worker costs the reader even if it lies ready (queue, shared memory): 0.2 to 0.5 ms.
 _HANDOVER_S = 5e-4
 #: A trial is kept if waiting falls to this share of what it was.
 _KEPT = 0.9
