@@ -79,13 +79,12 @@ def term_mask(
         tensor([ True, False, False,  True,  True,  True])
     """
     if input_ids.ndim not in (1, 2) or input_ids.is_floating_point():
-        raise InputError(
-            f"term_mask: integers [L] or [B, L] are needed, not {input_ids.dtype} {tuple(input_ids.shape)}."
-        )
+        given = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+        raise InputError(f"term_mask: integers [L] or [B, L] are needed, not {given}.")
     if sequence_ids is not None and sequence_ids.shape != input_ids.shape:
         raise InputError(
-            f"sequence_ids have shape {tuple(sequence_ids.shape)} and input_ids {tuple(input_ids.shape)}; both need one "
-            "entry a token."
+            f"sequence_ids have shape {tuple(sequence_ids.shape)} and input_ids {tuple(input_ids.shape)}; both need "
+            "one entry a token."
         )
     tokens = np.atleast_2d(input_ids.detach().cpu().numpy()).astype(np.int64)
     owners = None if sequence_ids is None else np.atleast_2d(sequence_ids.detach().cpu().numpy())
@@ -138,7 +137,7 @@ class DomainMixture(Dataset[Any]):
     With `mode="sampling"`, in the first n samples, for every n, each source has its share to within one sample (a
     low-discrepancy sequence), so read it in order (`shuffle=False`): each source's own samples are shuffled here, by
     `seed`. What is smaller is used again, in another order. With `mode="loss"` every sample of both comes once a pass,
-    domain first, and gets a weight in field `loss_weight`: the weights' mean is 1, and their sums are in the proportions.
+    domain first, with a weight in field `loss_weight`: the weights' mean is 1, their sums are in the proportions.
 
     A pass (`set_epoch`, which DSDataLoader calls) goes on where the last one ended. It is a stage of continual
     pre-training: a learning rate that falls by stages takes `mixture.epoch` for its stage.
