@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .core import Budget as Budget
     from .core import DeepSeekError as DeepSeekError
     from .core import Report as Report
+    from .data import DomainAdapter as DomainAdapter
+    from .data import DomainMixture as DomainMixture
     from .data import DSDataLoader as DSDataLoader
     from .engines import Executable as Executable
     from .engines import optimize as optimize

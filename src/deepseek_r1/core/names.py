@@ -62,6 +62,8 @@ PUBLIC: dict[str, str] = {
     "DSModule": "deepseek_r1.module:DSModule",
     "DSQuantizer": "deepseek_r1.quantization:DSQuantizer",
     "DeepSeekError": "deepseek_r1.core:DeepSeekError",
+    "DomainAdapter": "deepseek_r1.data:DomainAdapter",
+    "DomainMixture": "deepseek_r1.data:DomainMixture",
     "Drawing": "deepseek_r1.graph:Drawing",
     "Executable": "deepseek_r1.engines:Executable",
     "ElasticWeightConsolidation": "deepseek_r1.train:ElasticWeightConsolidation",

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from ._batch import batch_size, slice_batch, unpack_batch
+from ._buckets import choose_shapes
 from ._digits import digits
+from ._domain import DomainAdapter, DomainMixture, term_mask
 from ._labels import TASKS, class_dim, class_hits
 from ._load import load_data
 from ._loader import DSDataLoader
+from ._pack import Packing, pack_lengths, pack_stream
+from ._sequences import block_mask, per_sample_loss, sample_weights
 from ._splits import DataSplits, split
 
 __all__ = [
     "TASKS",
     "DSDataLoader",
     "DataSplits",
+    "DomainAdapter",
+    "DomainMixture",
+    "Packing",
     "batch_size",
+    "block_mask",
+    "choose_shapes",
     "class_dim",
     "class_hits",
     "digits",
     "load_data",
+    "pack_lengths",
+    "pack_stream",
+    "per_sample_loss",
+    "sample_weights",
     "slice_batch",
     "split",
+    "term_mask",
     "unpack_batch",
 ]

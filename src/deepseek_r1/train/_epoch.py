@@ -18,12 +18,19 @@ from ._rng import loader_state, rng_state, set_loader_state, set_rng_state
 
 def epoch_start(loader: Any, device: torch.device) -> dict[str, Any]:
     """Everything that decides which batches the next pass gives: taken before it begins."""
+    if _can_skip(loader):
+        return {"rng": rng_state(device), "pass": loader.next_pass_state()}
     return {
         "rng": rng_state(device),
         "loader": loader_state(loader),
         # Living workers do not draw a new base seed, which shifts every later draw.
         "workers_alive": getattr(loader, "_iterator", None) is not None,
     }
+
+
+def _can_skip(loader: Any) -> bool:
+    """Whether a loader goes to a place in a pass by itself, as DSDataLoader does, without reading what is before."""
+    return hasattr(loader, "next_pass_state") and hasattr(loader, "load_state_dict")
 
 
 @dataclass(frozen=True)
@@ -45,22 +52,26 @@ def batches(loader: Any, epoch: int, device: torch.device, place: Place | None =
     """The batches of epoch number `epoch` (from 0), from `place` on if it is given.
 
     To reach the place, the generators are set to the epoch's start and the batches before it are drawn and thrown
-    away. What is replayed exactly: every order that is drawn from torch's, numpy's or python's global generators
+    away. A loader that finds the place itself (`next_pass_state` and `load_state_dict`) is left to do so.
+    What is replayed exactly: every order that is drawn from torch's, numpy's or python's global generators
     when the pass begins, or at any time from generators that belong to the loader or its samplers; and workers' own
     randomness, unless the workers outlive the epoch.
 
     Raises:
         InputError: the loader fails, or gives fewer batches than were taken from it before.
     """
+    if place is not None and "pass" in place.start and _can_skip(loader):
+        return _resumed(loader, epoch, device, place)
     if place is not None:
+        if "pass" in place.start:
+            raise InputError(
+                "the checkpoint was written in the middle of an epoch of a DSDataLoader; resume with one made alike."
+            )
         if place.start["workers_alive"] and getattr(loader, "_iterator", None) is None:
             iter(loader)
         set_rng_state(place.start["rng"], device)
         set_loader_state(loader, place.start["loader"])
-    for owner in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        set_epoch = getattr(owner, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
+    _set_epoch(loader, epoch)
     iterator = _failing_clearly(loader, epoch)
     if place is None or place.skip == 0:
         return iterator
@@ -74,8 +85,25 @@ def batches(loader: Any, epoch: int, device: torch.device, place: Place | None =
     return iterator
 
 
-def _failing_clearly(loader: Any, epoch: int) -> Iterator[Any]:
-    number = 0
+def _resumed(loader: Any, epoch: int, device: torch.device, place: Place) -> Iterator[Any]:
+    """The rest of a pass of a loader that finds its place itself."""
+    set_rng_state(place.start["rng"], device)
+    _set_epoch(loader, epoch)
+    loader.load_state_dict({**place.start["pass"], "batch": place.skip})
+    rest = iter(loader)
+    if place.skip:
+        set_rng_state(place.rng, device)
+    return _failing_clearly(rest, epoch, place.skip)
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    for owner in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        set_epoch = getattr(owner, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+
+
+def _failing_clearly(loader: Any, epoch: int, number: int = 0) -> Iterator[Any]:
     try:
         for batch in loader:
             number += 1

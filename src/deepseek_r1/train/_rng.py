@@ -1,6 +1,6 @@
 """Random generators: seeding all of them, and taking and putting back their states.
 
-Knows python's, numpy's and torch's generators, and where a DataLoader keeps its own. Knows nothing about training.
+Knows python's, numpy's and torch's generators, those of a GPU too. Knows nothing about training or loaders.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from ..core import ConfigError
+from ..data._generators import loader_state as loader_state
+from ..data._generators import set_loader_state as set_loader_state
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
@@ -107,59 +109,3 @@ def preserved_rng(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_rng_state(state, device)
-
-
-def _owners(loader: Any) -> Iterator[tuple[str, Any]]:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    yield "loader", loader
-    yield "sampler", getattr(loader, "sampler", None)
-    yield "batch_sampler", batch_sampler
-    yield "batch_sampler.sampler", getattr(batch_sampler, "sampler", None)
-
-
-def _generators(loader: Any) -> Iterator[tuple[str, Any]]:
-    """Generators that the loader and its samplers hold as attributes, each once, under stable names."""
-    seen: set[int] = set()
-    for where, owner in _owners(loader):
-        for name, value in sorted(getattr(owner, "__dict__", {}).items()):
-            known = isinstance(value, torch.Generator | np.random.Generator | random.Random)
-            if known and id(value) not in seen:
-                seen.add(id(value))
-                yield f"{where}.{name}", value
-
-
-def _samplers(loader: Any) -> Iterator[tuple[str, Any]]:
-    """Samplers that can tell and take back their own state."""
-    for where, owner in _owners(loader):
-        if where != "loader" and hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
-            yield where, owner
-
-
-def loader_state(loader: Any) -> dict[str, Any]:
-    """States of the generators and stateful samplers that belong to a loader."""
-    state: dict[str, Any] = {}
-    for name, generator in _generators(loader):
-        if isinstance(generator, torch.Generator):
-            state[name] = generator.get_state()
-        elif isinstance(generator, np.random.Generator):
-            state[name] = generator.bit_generator.state
-        else:
-            state[name] = generator.getstate()
-    return {"generators": state, "samplers": {name: sampler.state_dict() for name, sampler in _samplers(loader)}}
-
-
-def set_loader_state(loader: Any, state: dict[str, Any]) -> None:
-    """Put back what `loader_state` took."""
-    for name, generator in _generators(loader):
-        saved = state["generators"].get(name)
-        if saved is None:
-            continue
-        if isinstance(generator, torch.Generator):
-            generator.set_state(saved.cpu())
-        elif isinstance(generator, np.random.Generator):
-            generator.bit_generator.state = saved
-        else:
-            generator.setstate(saved)
-    for name, sampler in _samplers(loader):
-        if name in state["samplers"]:
-            sampler.load_state_dict(state["samplers"][name])
