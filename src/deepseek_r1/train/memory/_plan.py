@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ...core import CheckFailedError, ConfigError, InputError, Report, probe
+from ...core import ConfigError, InputError, Report, probe
 from ...data._batch import to_device
 from .._objective import LossFunction, Objective
 from ._apply import KEEP, RECOMPUTE, Applied, BlockPlan
@@ -119,6 +119,7 @@ class MemoryPlanner:
         self._chain = self.profile.chain
         self._frontier = frontier(self._chain)
         self._tried: list[tuple[Solution, int, float]] = []
+        self._made_plans: list[MemoryPlan] = []
 
     @property
     def unconstrained_bytes(self) -> int:
@@ -128,7 +129,8 @@ class MemoryPlanner:
     @property
     def minimum_bytes(self) -> int:
         """The smallest limit that a plan was found for."""
-        return self._frontier[0].peak
+        tried = [real for _, real, _ in self._tried]
+        return min([self._frontier[0].peak, *tried])
 
     @property
     def alive_bytes(self) -> int:
@@ -145,12 +147,14 @@ class MemoryPlanner:
             ConfigError: no number above zero, or less than the minimum, which the message gives.
         """
         budget = self._budget(budget_gb)
-        predicted: int | None = None
+        larger = [made for made in self._made_plans if made.budget_bytes >= budget >= made.measured_peak_bytes]
+        if larger:
+            # What a larger limit was given fits this one too.
+            return replace(min(larger, key=lambda made: made.budget_bytes), budget_bytes=budget)
         for _ in range(_ROUNDS):
             solution = fastest(self._frontier, budget)
             if solution is None:
-                raise self._too_small(budget)
-            predicted = solution.peak if predicted is None else predicted
+                break
             intervals, seconds = self.profile.run(self.profile.blocks(solution.actions))
             real = max(self._chain.floor, *(interval.peak for interval in intervals))
             self._tried.append((solution, real, seconds))
@@ -158,14 +162,14 @@ class MemoryPlanner:
             if real <= budget and abs(error) <= _CLOSE * real:
                 break
             self._correct(error)
-        within = [entry for entry in self._tried if entry[1] <= budget]
+        least = max((m.measured_peak_bytes for m in self._made_plans if m.budget_bytes <= budget), default=0)
+        within = [entry for entry in self._tried if least <= entry[1] <= budget]
         if not within:
-            raise CheckFailedError(
-                f"memory_gb={budget / GB:.4g}: {_ROUNDS} plans were tried, and the best took "
-                f"{min(real for _, real, _ in self._tried) / GB:.4g} GB; ask for that much."
-            )
+            raise self._too_small(budget)
         chosen, real, seconds = min(within, key=lambda entry: (entry[0].seconds, entry[1]))
-        return self._made(budget, chosen, chosen.peak if predicted is None else predicted, real, seconds)
+        made = self._made(budget, chosen, real, seconds)
+        self._made_plans.append(made)
+        return made
 
     def _correct(self, error: int) -> None:
         """Move the numbers by an observed error."""
@@ -194,10 +198,10 @@ class MemoryPlanner:
             "micro_batch_size."
         )
 
-    def _made(self, budget: int, solution: Solution, predicted: int, real: int, seconds: float) -> MemoryPlan:
+    def _made(self, budget: int, solution: Solution, real: int, seconds: float) -> MemoryPlan:
         blocks = self.profile.blocks(solution.actions)
         made = MemoryPlan(
-            budget_bytes=budget, predicted_peak_bytes=predicted, measured_peak_bytes=real,
+            budget_bytes=budget, predicted_peak_bytes=solution.peak, measured_peak_bytes=real,
             unconstrained_peak_bytes=self.unconstrained_bytes, minimum_bytes=self.minimum_bytes,
             alive_bytes=self.alive_bytes, extra_seconds=solution.seconds, step_seconds=seconds, blocks=blocks,
             buffers=dict(self.profile.buffers), compiled=self.profile.compiled, report=Report("memory plan"),

@@ -76,6 +76,12 @@ class _Call:
         self.outputs: list[tuple[weakref.ref[Tensor], int] | None] = []
         self.wants_grad: list[bool] = []
 
+    def forget_unused_rng(self) -> None:
+        """Drop the generators' states if the call, which has just ended, drew nothing."""
+        now = [(d, torch.get_rng_state() if d.type == "cpu" else torch.cuda.get_rng_state(d)) for d, _ in self.rng]
+        if all(torch.equal(before, after) for (_, before), (_, after) in zip(self.rng, now, strict=True)):
+            self.rng = []
+
     @contextlib.contextmanager
     def state(self, cached: bool = True) -> Iterator[None]:
         """Random generators, autocast and buffers as they were at the call.
@@ -153,6 +159,7 @@ class Region:
 
         with group.forward or contextlib.nullcontext(), saved_tensors_hooks(pack, _unpack):
             output = run(*args, **kwargs)
+        call.forget_unused_rng()
         found, _ = tree_flatten(output)
         call.outputs = [(weakref.ref(leaf), version(leaf)) if isinstance(leaf, Tensor) else None for leaf in found]
         call.wants_grad = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in found]
@@ -245,33 +252,37 @@ class Region:
             return
         try:
             with group.again or contextlib.nullcontext(), saved_tensors_hooks(pack, lambda value: value):
-                for number in group.calls:
-                    self._replay(number, values)
+                self._replay(group, values)
         except _Stop:
             return
         if missing:
             raise _differs("fewer tensors are saved")
 
-    def _replay(self, number: int, values: dict[tuple[int, int], Tensor]) -> None:
-        """Run a call again on detached inputs; its outputs go into `values`."""
-        call = self._calls[number]
-        leaves = []
-        for leaf, seen in zip(call.inputs, call.versions, strict=True):
-            if isinstance(leaf, _Input):
-                leaves.append(values[leaf.call, leaf.place])
-                continue
-            if version(leaf) != seen:
-                raise InputError(
-                    "the input of a block that is to be recomputed was changed in place after the block had run, so "
-                    "it cannot run again on what it was given. Write `x = x + y` for `x += y` there."
-                )
-            leaves.append(detached(leaf))
-        args, kwargs = tree_unflatten(leaves, call.spec)
-        with call.state():
-            output = call.run(*args, **kwargs)
-        for place, (leaf, wants) in enumerate(zip(tree_flatten(output)[0], call.wants_grad, strict=True)):
-            if isinstance(leaf, Tensor):
-                values[number, place] = leaf.detach().requires_grad_(wants)
+    def _replay(self, group: _Group, values: dict[tuple[int, int], Tensor]) -> None:
+        """Run a group's calls again on detached inputs; their outputs go into `values`, detached in the end."""
+        made: dict[tuple[int, int], bool] = {}
+        for number in group.calls:
+            call = self._calls[number]
+            leaves = []
+            for leaf, seen in zip(call.inputs, call.versions, strict=True):
+                if isinstance(leaf, _Input):
+                    leaves.append(values[leaf.call, leaf.place])
+                    continue
+                if version(leaf) != seen:
+                    raise InputError(
+                        "the input of a block that is to be recomputed was changed in place after the block had run, "
+                        "so it cannot run again on what it was given. Write `x = x + y` for `x += y` there."
+                    )
+                leaves.append(detached(leaf))
+            args, kwargs = tree_unflatten(leaves, call.spec)
+            with call.state():
+                output = call.run(*args, **kwargs)
+            for place, (leaf, wants) in enumerate(zip(tree_flatten(output)[0], call.wants_grad, strict=True)):
+                if isinstance(leaf, Tensor):
+                    values[number, place] = leaf
+                    made[number, place] = wants
+        for key, wants in made.items():
+            values[key] = values[key].detach().requires_grad_(wants)
 
     def _advance(self, target: int) -> None:
         """Store what the group `target` takes from the calls before it."""
@@ -283,8 +294,7 @@ class Region:
             values = dict(self._stored)
             with saved_tensors_hooks(lambda _: None, lambda _: None):
                 for position in range(start, middle):
-                    for number in self._groups[position].calls:
-                        self._replay(number, values)
+                    self._replay(self._groups[position], values)
                     needed = self._cut(position + 1, target)
                     values = {k: v for k, v in values.items() if k in needed}
             self._stored.update(values)

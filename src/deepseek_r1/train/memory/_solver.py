@@ -127,7 +127,7 @@ class Chain:
 def _single(blocks: Sequence[Block], at: int, index: int) -> _Move:
     block, choice = blocks[at], blocks[at].choices[index]
     need = max(
-        block.forward_peak + max(0, choice.forward, choice.held),
+        block.forward_peak + max(0, choice.forward),
         block.gap_peak + choice.held,
         block.backward_peak + max(0, choice.backward),
     )
@@ -170,7 +170,7 @@ def _refill(blocks: Sequence[Block], first: int, last: int, filled: list[int] | 
     for k in range(last, first - 1, -1):
         own = blocks[k].own_forward
         if filled is not None:
-            own = max(own + max(0, blocks[k].choices[0].forward), blocks[k].choices[0].held) + filled[k - first]
+            own += max(0, blocks[k].choices[0].forward) + filled[k - first]
         peak = max(peak, blocks[last].backward_live - missing + own)
         missing += blocks[k].boundary
     return peak

@@ -68,14 +68,15 @@ def _has_chain(module: nn.Module) -> bool:
 
 
 def _repeated(children: list[nn.Module]) -> set[int]:
-    """Children with structure that occur more than once: blocks, whatever is inside them."""
+    """Blocks, whatever is inside them: children that occur more than once, and others of their class."""
     shapes = {
         id(child): structure(child)
         for child in children
         if next(child.children(), None) is not None and not isinstance(child, _CONTAINERS)
     }
     count = Counter(shapes.values())
-    return {key for key, shape in shapes.items() if count[shape] > 1}
+    classes = {shape[0] for shape in shapes.values() if count[shape] > 1}
+    return {key for key, shape in shapes.items() if shape[0] in classes}
 
 
 def structure(module: nn.Module) -> tuple[Any, ...]:
