@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from ...core import InputError
@@ -21,7 +20,7 @@ from .._step import autocast
 from ._apply import buffers_of
 from ._intercept import Interception
 from ._meter import storage_bytes
-from ._region import version
+from ._region import dropped, version
 from ._units import structure
 from ._workload import Workload
 
@@ -101,7 +100,7 @@ def discover(workload: Workload, modules: Mapping[str, nn.Module]) -> tuple[list
         finally:
             watch.inside = False
 
-    with Interception(modules, handle), saved_tensors_hooks(lambda _: None, lambda _: None):
+    with Interception(modules, handle), dropped():
         _forward(workload)
     if not watch.calls:
         raise InputError(

@@ -7,6 +7,7 @@ methods, hooks, classes, parameters and names in the state dict stay what they a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,3 +67,9 @@ def _wrapper(handler: Handler, name: str, run: Callable[..., Any]) -> Callable[.
     # The compiler leaves the wrapper to Python and goes on inside; asking it properly would import it.
     intercepted._torchdynamo_disable = True  # type: ignore[attr-defined]
     return intercepted
+
+
+def undisturbed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, kept from the compiler, which would trace what autograd calls while compiled code runs."""
+    # Nothing is compiled where the compiler was never imported, and importing it takes a second.
+    return torch._dynamo.disable(function) if "torch._dynamo" in sys.modules else function

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ._intercept import undisturbed
+
 #: Smaller tensors stay: their copies would cost more than their bytes are worth.
 _SMALLEST = 1 << 18
 
@@ -66,7 +68,7 @@ class Offloader:
         self._last = weakref.ref(batch)
         earlier = self._leaving
         self._leaving = []
-        with saved_tensors_hooks(lambda tensor: self._pack(batch, tensor), self._unpack):
+        with saved_tensors_hooks(undisturbed(lambda tensor: self._pack(batch, tensor)), self._unpack):
             output = run(*args, **kwargs)
         _release(earlier)
         return output

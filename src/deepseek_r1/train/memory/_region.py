@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...core import InputError
+from ._intercept import undisturbed
 
 Buffers = Sequence[tuple[nn.Module, str]]
 #: How a region with several groups computes again: all at once, each group alone, or each alone from few stored inputs.
@@ -157,7 +158,7 @@ class Region:
             group.holders.append(weakref.ref(holder))
             return holder
 
-        with group.forward or contextlib.nullcontext(), saved_tensors_hooks(pack, _unpack):
+        with group.forward or contextlib.nullcontext(), saved_tensors_hooks(undisturbed(pack), _unpack):
             output = run(*args, **kwargs)
         call.forget_unused_rng()
         found, _ = tree_flatten(output)
@@ -251,7 +252,7 @@ class Region:
         if last and missing == 0:
             return
         try:
-            with group.again or contextlib.nullcontext(), saved_tensors_hooks(pack, lambda value: value):
+            with group.again or contextlib.nullcontext(), saved_tensors_hooks(undisturbed(pack), _same):
                 self._replay(group, values)
         except _Stop:
             return
@@ -292,7 +293,7 @@ class Region:
         while start < target:
             middle = start + 1 if self.mode == EACH else (start + target + 1) // 2
             values = dict(self._stored)
-            with saved_tensors_hooks(lambda _: None, lambda _: None):
+            with dropped():
                 for position in range(start, middle):
                     self._replay(self._groups[position], values)
                     needed = self._cut(position + 1, target)
@@ -314,6 +315,19 @@ class Region:
 
 def _unpack(packed: Any) -> Tensor:
     return packed.take() if isinstance(packed, _Holder) else packed
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _nothing(_: Tensor) -> None:
+    return None
+
+
+def dropped() -> saved_tensors_hooks:
+    """A context in which autograd saves nothing; no backward pass can follow."""
+    return saved_tensors_hooks(undisturbed(_nothing), _same)
 
 
 def _static(tensor: Tensor) -> bool:
