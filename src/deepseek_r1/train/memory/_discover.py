@@ -41,6 +41,8 @@ class Call:
     fit: bool
     why: str
     kind: tuple[Any, ...]
+    #: Which of its inputs (as leaves of its arguments) are the output of the call before.
+    from_last: tuple[int, ...] = ()
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Unit:
 class _Watch:
     calls: list[Call] = field(default_factory=list)
     inputs: list[list[tuple[Tensor, int]]] = field(default_factory=list)
+    given: list[dict[int, Tensor]] = field(default_factory=list)
     buffers: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     structures: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     count: Counter[str] = field(default_factory=Counter)
@@ -107,7 +110,10 @@ def discover(workload: Workload, modules: Mapping[str, nn.Module]) -> tuple[list
             f"no block of {type(workload.model).__name__} was called with gradients on; its blocks are {list(modules)[:5]}..."
             " Memory is planned for models whose parts are called as modules."
         )
-    for call, inputs in zip(watch.calls, watch.inputs, strict=True):
+    used = Counter(id(tensor) for given in watch.given for tensor in given.values())
+    for call, inputs, given in zip(watch.calls, watch.inputs, watch.given, strict=True):
+        # What other blocks read too stays alive for them.
+        call.boundary = storage_bytes(given[k] for k in call.from_last if used[id(given[k])] == 1)
         if any(version(tensor) != seen for tensor, seen in inputs) and call.fit:
             call.fit, call.why = False, "its input is changed in place after it has run"
     return _units(watch.calls), watch.buffers
@@ -125,7 +131,10 @@ def _observe(
 ) -> Any:
     leaves = tree_leaves((args, kwargs))
     given = [(leaf, version(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
-    from_last = [t for t, seen in given if any(t is known and seen == v for known, v in watch.last)]
+    from_last = tuple(
+        k for k, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and any(leaf is known and version(leaf) == seen for known, seen in watch.last)
+    )  # fmt: skip
     opaque = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))})
     before = [] if name in watch.buffers else [(m, b, m._buffers[b].clone()) for m, b in buffers_of(module)]
     output = run(*args, **kwargs)
@@ -144,7 +153,8 @@ def _observe(
     shapes = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t, _ in given)
     kind = (watch.structures[name], shapes, repr([x for x in leaves if isinstance(x, _PLAIN)]))
     linked = bool(from_last) and bool(watch.calls) and watch.calls[-1].fit
-    call = Call(name, watch.count[name], linked, storage_bytes(from_last), changes_input, fit, why, kind)
+    call = Call(name, watch.count[name], linked, 0, changes_input, fit, why, kind, from_last)
+    watch.given.append({k: leaf for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)})
     watch.count[name] += 1
     watch.calls.append(call)
     # Changes by the block itself are dealt with apart; from here on the input must stay as it is.

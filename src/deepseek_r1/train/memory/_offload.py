@@ -80,8 +80,11 @@ class Offloader:
 
     def _pack(self, batch: _Batch, tensor: Tensor) -> Any:
         own = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
-        if own or tensor.layout != torch.strided or tensor.numel() * tensor.element_size() < self._smallest:
+        if own:
             return tensor
+        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() < self._smallest:
+            # Detached: the tensor itself would hold the graph that holds it.
+            return tensor.detach()
         packed = _Packed(batch, tensor)
         batch.packed.append(weakref.ref(packed))
         if tensor.device.type != "cuda":

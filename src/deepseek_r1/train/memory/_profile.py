@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ._apply import KEEP, OFFLOAD, RECOMPUTE, SELECTIVE, Applied, BlockPlan
 from ._discover import Unit, discover
 from ._meter import Interval, Meter, storage_bytes
-from ._region import EACH, TOGETHER, Buffers, Region, preserved_rng_states
+from ._region import EACH, TOGETHER, Buffers, Region, preserved_rng_states, recorded
 from ._selective import Operator, contexts, operator_sets
 from ._solver import RUN, SINGLE, Action, Block, Chain, Choice
 from ._units import find_blocks
@@ -43,6 +43,9 @@ class _Kind:
     #: name -> bytes (held with its output, forward peak, backward peak) above those before it ran.
     nbytes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    #: Whether, if everything is kept, the input is among it, and the output.
+    holds_input: bool = True
+    holds_output: bool = True
 
 
 @dataclass
@@ -193,6 +196,7 @@ class _Measurement:
         kind.ways = {KEEP: (KEEP, frozenset()), RECOMPUTE: (RECOMPUTE, frozenset())}
         began = time.perf_counter()
         patience = self._left / max(1, self._kinds - self._number[unit.kind])
+        self._look(kind, unit, region)
         for name in (KEEP, RECOMPUTE):
             self._measure(kind, unit, name, region, parameters, patience / 4)
         if self._selective_fits(unit, region) and time.perf_counter() - began < patience:
@@ -204,6 +208,14 @@ class _Measurement:
                 if name not in kind.nbytes:
                     del kind.ways[name]
         self._left = max(0.0, self._left - (time.perf_counter() - began))
+
+    def _look(self, kind: _Kind, unit: Unit, region: Region) -> None:
+        """See whether a unit that keeps everything keeps its input, and its output."""
+        with torch.enable_grad(), recorded() as saved:
+            _, outputs = region.isolated(_caller((KEEP, frozenset())))
+        own = [t.untyped_storage()._cdata for t in region.inputs(unit.calls[0].from_last)]
+        kind.holds_input = any(storage in saved for storage in own)
+        kind.holds_output = any(t.untyped_storage()._cdata in saved for t in outputs)
 
     def _selective_fits(self, unit: Unit, region: Region) -> bool:
         """Whether single operators can be told apart: not inside compiled code, and not in a single layer."""
@@ -272,6 +284,9 @@ class _Measurement:
             forward, gap = peaks["forward", index], peaks["gap", index]
             backward = peaks.get(("backward", index), tail)
             choices, own, seconds = self._choices(unit)
+            if choices and self._frees_input(index):
+                # In the base its input is held for recomputing it.
+                choices = (replace(choices[0], held=choices[0].held - unit.boundary), *choices[1:])
             blocks.append(
                 Block(
                     forward_peak=forward.peak + pending, gap_peak=gap.peak + pending,
@@ -280,6 +295,13 @@ class _Measurement:
                 )
             )  # fmt: skip
         return Chain(tuple(blocks), max(floor, intervals[0].peak + pending))
+
+    def _frees_input(self, index: int) -> bool:
+        """Whether nobody holds a unit's input if the unit keeps everything that it saves."""
+        if not index or not self.units[index].linked:
+            return False
+        own, before = (self.kinds.get(self.units[k].kind) for k in (index, index - 1))
+        return own is not None and before is not None and not own.holds_input and not before.holds_output
 
     def _read_kinds(self, peaks: dict[Any, Interval]) -> None:
         for key, kind in self.kinds.items():

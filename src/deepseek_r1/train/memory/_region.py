@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -109,6 +110,21 @@ class _Group:
         self.forward, self.again = contexts if contexts is not None else (None, None)
 
 
+@contextlib.contextmanager
+def recorded() -> Iterator[set[int]]:
+    """The addresses of the storages that autograd would save in the block; no backward pass can follow."""
+    found: set[int] = set()
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> None:
+        # Held until the end, so that no address is given away twice.
+        alive.append(tensor.detach())
+        found.add(tensor.untyped_storage()._cdata)
+
+    with saved_tensors_hooks(undisturbed(pack), _same):
+        yield found
+
+
 class Region:
     """Calls whose saved tensors are computed again in the backward pass.
 
@@ -172,10 +188,15 @@ class Region:
         call.buffers = [entry for entry in call.buffers if not torch.equal(entry[0]._buffers[entry[1]], entry[2])]
         return [(module, name) for module, name, _ in call.buffers]
 
+    def inputs(self, places: Sequence[int]) -> list[Tensor]:
+        """Of the first call's inputs, as leaves of its arguments, those at these places."""
+        found = [self._calls[0].inputs[place] for place in places]
+        return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
     @property
     def compiled(self) -> bool:
         """Whether a call is anything but a module's own."""
-        return any(getattr(call.run, "__name__", "") != "_call_impl" for call in self._calls)
+        return any(not isinstance(call.run, MethodType) for call in self._calls)
 
     def _refer(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
