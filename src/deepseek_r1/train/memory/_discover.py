@@ -110,10 +110,14 @@ def discover(workload: Workload, modules: Mapping[str, nn.Module]) -> tuple[list
             f"no block of {type(workload.model).__name__} was called with gradients on; its blocks are {list(modules)[:5]}..."
             " Memory is planned for models whose parts are called as modules."
         )
-    used = Counter(id(tensor) for given in watch.given for tensor in given.values())
+    used = Counter(
+        id(tensor)
+        for call, given in zip(watch.calls, watch.given, strict=True)
+        for tensor in ({} if call.changes_input else given).values()
+    )
     for call, inputs, given in zip(watch.calls, watch.inputs, watch.given, strict=True):
         # What other blocks read too stays alive for them.
-        call.boundary = storage_bytes(given[k] for k in call.from_last if used[id(given[k])] == 1)
+        call.boundary = storage_bytes(given[k] for k in call.from_last if used[id(given[k])] <= 1)
         if any(version(tensor) != seen for tensor, seen in inputs) and call.fit:
             call.fit, call.why = False, "its input is changed in place after it has run"
     return _units(watch.calls), watch.buffers
