@@ -15,6 +15,7 @@ from ._rng import seed_everything
 from ._schedule import lr_factor
 from ._step import StepResult, train_step
 from ._trainer import Trainer
+from .memory import MemoryPlan, MemoryPlanner, checkpoint_every, checkpoint_recursively, plan_memory
 from .optimizers import AdamW, AdamW8bit, AdaptiveOptimizer, Lion, Muon, decay_groups, orthogonalize
 
 __all__ = [
@@ -27,14 +28,19 @@ __all__ = [
     "ElasticWeightConsolidation",
     "ExponentialMovingAverage",
     "Lion",
+    "MemoryPlan",
+    "MemoryPlanner",
     "Muon",
     "Objective",
     "StepResult",
     "Trainer",
     "TrainingConfig",
+    "checkpoint_every",
+    "checkpoint_recursively",
     "decay_groups",
     "lr_factor",
     "orthogonalize",
+    "plan_memory",
     "resolve",
     "seed_everything",
     "train_step",

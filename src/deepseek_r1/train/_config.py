@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core import ConfigError, probe
 from ._blocks import block_runs, share_in_blocks
+from .memory._settings import check_settings, settle_memory
 
 SCHEMA_VERSION = 1
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -29,8 +30,10 @@ class TrainingConfig:
         gradient_accumulation_steps: loader batches for one optimizer step.
         zero_stage: 0; sharded optimizer states need several devices.
         precision: "fp32", "bf16" or "fp16" (mixed precision by autocast), "auto": where the hardware gains.
-        memory_gb: None; planning for a memory limit is not there yet.
-        checkpoint_interval: None; recomputing activations is not there yet.
+        memory_gb: the most that may be alive on the device in a step, in 10**9 bytes, or "auto" (what is free, less a
+            margin). A plan of what is kept, recomputed or offloaded is made at the first batch. None: no limit. The
+            environment variable R1_MEMORY_OPTIMIZER=1 makes None mean "auto".
+        checkpoint_interval: recompute the model's blocks in runs of so many, without a plan. None: nothing.
         compile: "blocks" runs each of the model's repeated blocks through `torch.compile`, True the whole model,
             False nothing; "auto": the blocks on a GPU, where they hold most of the model.
         cuda_graph: whether whole steps are recorded as CUDA graphs, one for each shape of batches, and replayed;
@@ -109,6 +112,7 @@ class TrainingConfig:
         self._one_of("schedule", SCHEDULES)
         self._one_of("early_stop_mode", ("min", "max"))
         self._later()
+        check_settings(self.memory_gb, self.checkpoint_interval)
         if self.compile not in (True, False, "auto", "blocks"):
             self._refuse("compile", "True, False, 'blocks' or 'auto'")
         if self.cuda_graph not in (True, False, "auto"):
@@ -167,17 +171,6 @@ class TrainingConfig:
                 f"TrainingConfig(zero_stage={self.zero_stage!r}): sharding over devices is not in this release, which "
                 "trains on one device; use zero_stage=0."
             )
-        if self.memory_gb is not None:
-            raise ConfigError(
-                f"TrainingConfig(memory_gb={self.memory_gb!r}): planning for a memory limit is not in this release; "
-                "leave it out and lower micro_batch_size to use less memory."
-            )
-        if self.checkpoint_interval is not None:
-            raise ConfigError(
-                f"TrainingConfig(checkpoint_interval={self.checkpoint_interval!r}): recomputing activations is not in "
-                "this release; leave it out and lower micro_batch_size to use less memory. (Checkpoints on disk are "
-                "set by save_every_steps and save_every_epochs.)"
-            )
 
 
 def _is_int(value: Any) -> bool:
@@ -207,7 +200,8 @@ def resolve(config: TrainingConfig, model: nn.Module) -> tuple[TrainingConfig, d
     precision = config.precision
     if precision == "auto":
         precision, reasons["precision"] = _choose_precision(torch.device(device))
-    settled = replace(config, device=device, precision=precision)
+    settled, more = settle_memory(replace(config, device=device, precision=precision))
+    reasons.update(more)
     if settled.compile == "auto":
         chosen, reasons["compile"] = _choose_compile(torch.device(device), model)
         settled = replace(settled, compile=chosen)

@@ -71,11 +71,13 @@ def accumulate(
             piece = part if stop - start == size else slice_batch(part, start, stop)
             args, kwargs, labels = to_device(piece, device)
             with autocast(device, precision):
-                loss, _ = objective(forward, args, kwargs, labels)
+                loss, output = objective(forward, args, kwargs, labels)
             share = (stop - start) / total
             weighted = loss if share == 1.0 else loss * share
             (weighted if scale is None else scale(weighted)).backward()
             sum_loss = weighted.detach() if sum_loss is None else sum_loss + weighted.detach()
+            # Nothing of this piece may be alive while the next one runs.
+            del piece, args, kwargs, labels, loss, output, weighted
     assert sum_loss is not None, "a step needs at least one batch"
     penalty = objective.penalty()
     if penalty is not None:

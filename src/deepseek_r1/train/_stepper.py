@@ -24,6 +24,7 @@ from ._optim import set_rates, tell_total
 from ._progress import Progress
 from ._schedule import config_lr_factor
 from ._step import make_scaler, skips_on_device, train_step
+from .memory._control import make_control
 
 #: In the message of torch's own error for a batch norm with one value a channel.
 _ONE_SAMPLE = "Expected more than 1 value per channel when training"
@@ -56,6 +57,7 @@ class Stepper:
         self._model, self._optimizer, self._objective, self._config = model, optimizer, objective, config
         self._device = torch.device(config.device)
         self.scaler = make_scaler(self._device, config.precision)
+        self.memory = make_control(model, objective, optimizer, config)
         self._forward: Callable[..., Any] = torch.compile(model) if config.compile is True else model
         self._may_compile = may_compile
         self._run: DeviceRun | None = None
@@ -79,6 +81,7 @@ class Stepper:
                 self._run = DeviceRun(self._started, self._optimizer, self._device, graphs=graphs)
             yield
         finally:
+            self.release()
             self._blocks.close()
             if self._run is not None and (recorded := self._run.graphs) is not None:
                 many = f"whole steps, for {recorded.recorded} shape(s) of batches"
@@ -128,6 +131,8 @@ class Stepper:
         if progress.step == progress.first_step:
             tell_total(self._optimizer, total)
         number = progress.step + 1
+        if self.memory is not None:
+            self.memory.begin(window)
         try:
             loss, samples = self._taken(window, number)
         except ValueError as e:
@@ -172,6 +177,11 @@ class Stepper:
         """Drop verdicts that no longer matter."""
         if self._run is not None:
             self._run.forget()
+
+    def release(self) -> None:
+        """Take what limits memory off the model, until the next step."""
+        if self.memory is not None:
+            self.memory.end()
 
     def check_micro_batch(self, window: list[Any]) -> None:
         """Raise ConfigError if the first batch of an epoch is smaller than a micro-batch."""

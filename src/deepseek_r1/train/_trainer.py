@@ -233,6 +233,7 @@ class Trainer:
             **options: as for `deepseek_r1.deploy.export` (target, dataset, labels, preprocessing, name, ...).
         """
         self._stepper.settle()
+        self._stepper.release()
         if options.get("example_inputs") is None:
             loader = self.train_loader if self.val_loader is None else self.val_loader
             options["example_inputs"] = example_inputs(loader, self.device)
@@ -444,11 +445,15 @@ class Trainer:
         state.read()
         if self._stepper.graphs:
             self._reasons["cuda_graph"] = self._stepper.graphs
+        if (memory := self._stepper.memory) is not None and memory.reason:
+            self._reasons["memory"] = memory.reason
         notes = run_notes(self._reasons, self._objective, state, taken)
-        return summarise(
+        report = summarise(
             history=[e for e in state.history if e["epoch"] > state.first_epoch],
             losses=[(step, value) for step, value in self.losses if step > state.first_step],
             steps=state.step - state.first_step, samples=state.samples, seconds=state.seconds,
             metric=c.early_stop_metric, mode=c.early_stop_mode, notes=notes, skipped=self._skipped,
             facts={"device": c.device, "precision": c.precision, "torch": str(torch.__version__)},
         )  # fmt: skip
+        report.sections += [memory.report] if memory is not None and memory.report is not None else []
+        return report

@@ -1,0 +1,135 @@
+"""Selective recomputation: which operators of a block keep their outputs, chosen by seconds saved per byte.
+
+Knows one block at a time: traces its operators with time and bytes, and makes the contexts of
+`torch.utils.checkpoint.create_selective_checkpoint_contexts` for a set of operators.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    create_selective_checkpoint_contexts,
+)
+
+#: An operator of a block: its name and the how-manieth of that name it is.
+Operator = tuple[str, int]
+_SHARES = (0.9, 0.75, 0.5, 0.25)
+
+
+@dataclass
+class _Op:
+    key: Operator
+    seconds: float
+    nbytes: int
+    savable: bool
+    random: bool
+
+
+class _Trace(TorchDispatchMode):
+    """Times every operator below autograd and finds the bytes of the outputs that are not views."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.ops: list[_Op] = []
+        self._count: Counter[str] = Counter()
+        self._owner: dict[int, _Op] = {}
+        self._kept: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in SAC_IGNORED_OPS:
+            return func(*args, **kwargs)
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        before = self._generator() if random else None
+        began = self._now()
+        output = func(*args, **kwargs)
+        op = _Op((str(func), self._count[str(func)]), self._now() - began, 0, True, False)
+        self._count[str(func)] += 1
+        if random:
+            op.random = before != self._generator()
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        if func._schema.is_mutable:
+            for key in inputs & self._owner.keys():
+                self._owner[key].savable = False
+        fresh = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        op.savable = bool(fresh) and not func._schema.is_mutable
+        for tensor in fresh:
+            storage = tensor.untyped_storage()
+            if storage._cdata in inputs:
+                op.savable = False
+            else:
+                op.nbytes += storage.nbytes()
+                self._owner[storage._cdata] = op
+                self._kept.append(storage)
+        self.ops.append(op)
+        return output
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _generator(self) -> bytes:
+        own = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+        return own.numpy().tobytes()
+
+
+def operator_sets(run: Callable[[], Any], device: torch.device) -> list[frozenset[Operator]]:
+    """Sets of operators worth keeping in a block, from nearly all of its time to the little with most time per byte.
+
+    Random operators are in all sets or in none: one that is not run again would shift the random numbers of the rest.
+
+    Args:
+        run: runs the block's forward pass once; it is run twice.
+    """
+    first, second = _traced(run, device), _traced(run, device)
+    if [op.key for op in first] != [op.key for op in second]:
+        return []
+    for one, other in zip(first, second, strict=True):
+        one.seconds = min(one.seconds, other.seconds)
+    total = sum(op.seconds for op in first)
+    candidates = [op for op in first if op.savable and not op.random and op.nbytes and op.seconds > 0.01 * total]
+    candidates.sort(key=lambda op: op.seconds / op.nbytes, reverse=True)
+    sets: list[frozenset[Operator]] = []
+    for share in _SHARES:
+        chosen, reached = set(), 0.0
+        for op in candidates:
+            if reached >= share * total:
+                break
+            chosen.add(op.key)
+            reached += op.seconds
+        if chosen and frozenset(chosen) not in sets:
+            sets.append(frozenset(chosen))
+    return sets
+
+
+def _traced(run: Callable[[], Any], device: torch.device) -> list[_Op]:
+    trace = _Trace(device)
+    with trace:
+        run()
+    return trace.ops
+
+
+def contexts(kept: frozenset[Operator]) -> tuple[Any, Any]:
+    """Contexts for the two forward passes of a block that keep the outputs of these operators."""
+    count: Counter[str] = Counter()
+
+    def policy(_: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = str(func)
+        number = count[name]
+        count[name] += 1
+        return CheckpointPolicy.MUST_SAVE if (name, number) in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -1,0 +1,126 @@
+"""One forward and backward pass of a model on a batch, repeatable without leaving anything behind.
+
+Knows how a step is run, and what is alive around it (gradients, optimizer state). Knows no plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...data._batch import tensors
+from .._objective import Objective
+from .._step import accumulate
+from ._apply import buffers_of
+from ._meter import measured_peak, storage_bytes
+from ._region import preserved_rng_states
+
+_PROBE_SIDE = 64
+_PROBE_COUNT = 4
+
+
+@dataclass
+class Workload:
+    """What a plan is made for.
+
+    Attributes:
+        batch: one micro-batch, as a loader would give it, on the device.
+        accumulates: whether gradients of earlier micro-batches are there when it runs.
+    """
+
+    model: nn.Module
+    objective: Objective
+    batch: Any
+    device: torch.device
+    precision: str = "fp32"
+    optimizer: Optimizer | None = None
+    accumulates: bool = False
+
+    def run(self) -> None:
+        """Forward and backward pass."""
+        accumulate(self.model, self.objective, [self.batch], device=self.device, precision=self.precision)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Parameters that get a gradient, each once."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def alive(self) -> list[Tensor]:
+        """Every tensor that is there before the step."""
+        state = self.optimizer.state.values() if self.optimizer is not None else ()
+        return [
+            *self.model.parameters(),
+            *self.model.buffers(),
+            *(p.grad for p in self.model.parameters() if p.grad is not None),
+            *(t for t in tensors([dict(s) for s in state]) if t.device.type == self.device.type),
+            *tensors(self.batch),
+        ]
+
+    @contextlib.contextmanager
+    def traceless(self) -> Iterator[None]:
+        """Inside, steps may run; afterwards gradients, buffers and random generators are what they were."""
+        gradients = [(p, p.grad) for p in self.model.parameters()]
+        buffers = [(m, name, m._buffers[name]) for m, name in buffers_of(self.model)]
+        buffers = [(m, name, own, own.clone()) for m, name, own in buffers]
+        with preserved_rng_states(tensors((self.batch,))):
+            try:
+                self.clear()
+                yield
+            finally:
+                for parameter, gradient in gradients:
+                    parameter.grad = gradient
+                with torch.no_grad():
+                    for module, name, own, value in buffers:
+                        if module._buffers[name] is not own or not torch.equal(own, value):
+                            own.copy_(value)
+                            module._buffers[name] = own
+
+    def clear(self) -> None:
+        """Gradients as a step finds them."""
+        for parameter in self.trainable():
+            parameter.grad = torch.zeros_like(parameter) if self.accumulates else None
+
+
+def optimizer_bytes(optimizer: Optimizer | None, parameters: list[nn.Parameter]) -> tuple[int, int]:
+    """Bytes of state that an optimizer will still make for these parameters, and what its update takes meanwhile.
+
+    Found by an update of the same kind on a few small parameters, and scaled up.
+    """
+    if optimizer is None or not parameters:
+        return 0, 0
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    own = [p for p in parameters if id(p) in groups]
+    missing = [p for p in own if p not in optimizer.state]
+    if not own:
+        return 0, 0
+    state, transient = _probe(optimizer, groups[id(own[0])], own[0])
+    return int(state * storage_bytes(missing)), int(transient * storage_bytes(own))
+
+
+def _probe(optimizer: Optimizer, group: dict[str, Any], like: nn.Parameter) -> tuple[float, float]:
+    """Bytes of state, and of an update's temporaries, for each byte of parameters."""
+    twins = [
+        nn.Parameter(torch.zeros(_PROBE_SIDE, _PROBE_SIDE, dtype=like.dtype, device=like.device))
+        for _ in range(_PROBE_COUNT)
+    ]
+    settings = {k: v for k, v in group.items() if k != "params" and k in optimizer.defaults}
+    try:
+        twin = type(optimizer)(twins, **settings)
+    except (TypeError, ValueError, RuntimeError):
+        # An optimizer of a shape of its own: as large as Adam's state, with a copy of the parameters on top.
+        return 2.0, 1.0
+    size = storage_bytes(twins)
+    for parameter in twins:
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.random.fork_rng(devices=[]):
+        twin.step()
+    state = [t for s in twin.state.values() for t in tensors(dict(s)) if t.numel() > 1]
+    held = [*twins, *(p.grad for p in twins if p.grad is not None), *state]
+    before = torch.cuda.memory_allocated(like.device) if like.device.type == "cuda" else storage_bytes(held)
+    peak = measured_peak(twin.step, like.device, held)
+    return storage_bytes(state) / size, max(0, peak - before) / size
