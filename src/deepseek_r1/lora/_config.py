@@ -140,7 +140,7 @@ class LoraConfig:
             or not all(v == 0 or _count(v) for v in value)
         ):
             self._refuse("layers_to_transform", "None, an index >= 0, or a list of them")
-        object.__setattr__(self, "layers_to_transform", tuple(value))
+        object.__setattr__(self, "layers_to_transform", tuple(value))  # type: ignore[arg-type]
 
     def _patterns(self) -> None:
         for name, good, allowed in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from ._config import LoraConfig
 from ._model import PeftModel
 from ._put import checked, outline
 from ._quantize import quantize_base
-from ._targets import find_targets, output_layer, saved_modules
+from ._targets import find_targets, output_layer, saved_modules, unmatched
 
 
 def get_peft_model(
@@ -47,6 +48,8 @@ def get_peft_model(
     modules = outline(model)
     # Whatever cannot work is said before a weight is rounded.
     find_targets(modules, peft_config, output_layer(model))
+    if lost := unmatched(modules, peft_config):
+        warnings.warn(lost, stacklevel=2)
     if base_dtype is not None:
         whole = saved_modules(modules, peft_config)
         quantize_base(model, base_dtype, exclude_modules="|".join(rf"{re.escape(p)}(\..*)?" for p in whole) or None)

@@ -28,8 +28,8 @@ def layer_tensors(layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
         found = {"lora_embedding_A": a.data, "lora_embedding_B": b.data}
     else:
         found = {"lora_A.weight": a.data, "lora_B.weight": b.data}
-    if adapter in layer.lora_magnitude_vector:
-        found["lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter].weight.data  # type: ignore[assignment]
+    if (magnitude := layer.magnitude(adapter)) is not None:
+        found["lora_magnitude_vector"] = magnitude.data
     return found
 
 

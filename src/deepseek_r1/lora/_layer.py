@@ -7,6 +7,7 @@ have PEFT's names (`base_layer`, `lora_A.<adapter>.weight`, ...). Knows one laye
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -95,9 +96,7 @@ class LoraLayer(nn.Module):
             path: of this layer in the model, for patterns.
             dtype: of the adapter's parameters.
         """
-        weight = next(iter(self.base_layer.parameters()), None)
-        if weight is None:
-            weight = next(iter(self.base_layer.buffers()))
+        weight = next(chain(self.base_layer.parameters(), self.base_layer.buffers()))
         self._make_pair(adapter, config.rank(path), {"dtype": dtype, "device": weight.device})
         self.scaling[adapter], self.dropout[adapter] = config.scaling(path), float(config.lora_dropout)
         self._initialise(adapter, config.init_lora_weights, config.rank(path))
@@ -134,9 +133,13 @@ class LoraLayer(nn.Module):
     def own_parameters(self, adapter: str) -> list[nn.Parameter]:
         """The adapter's trained parameters."""
         found = list(self.matrices(adapter))
-        if adapter in self.lora_magnitude_vector:
-            found.append(self.lora_magnitude_vector[adapter].weight)  # type: ignore[arg-type]
-        return found
+        magnitude = self.magnitude(adapter)
+        return found if magnitude is None else [*found, magnitude]
+
+    def magnitude(self, adapter: str) -> nn.Parameter | None:
+        """The magnitudes of an adapter that has them (DoRA)."""
+        held = self.lora_magnitude_vector
+        return held[adapter].weight if adapter in held else None  # type: ignore[return-value]
 
     def activate(self, adapters: tuple[str, ...]) -> None:
         """Let these count; adapters that this layer does not have are left out."""
@@ -159,14 +162,18 @@ class LoraLayer(nn.Module):
         plain = found
         for adapter in adapters:
             share = (self.scaling[adapter] * self.delta(adapter)).to(plain)
-            if adapter in self.lora_magnitude_vector:
-                magnitude = self.lora_magnitude_vector[adapter].weight.to(plain)  # type: ignore[operator]
+            if (magnitude := self.magnitude(adapter)) is not None:
                 whole = plain + share
-                share = whole * self._spread(magnitude / self.norm(whole)) - plain
+                share = whole * self._spread(magnitude.to(plain) / self.norm(whole)) - plain
             found = found + share
         if not bool(torch.isfinite(found).all()):
             raise InputError(f"the merged weight has values that are not finite; the adapters {adapters} are damaged.")
         return found.to(base.dtype)
+
+    @torch.no_grad()
+    def _lengths(self, adapter: str) -> Tensor:
+        """`norm` of the base weight with the adapter's product; without a gradient (section 4.3 of the DoRA paper)."""
+        return self.norm(self.base_weight() + self.scaling[adapter] * self.delta(adapter))
 
     def _spread(self, factor: Tensor) -> Tensor:
         """Factors of the magnitudes' shape in a shape that multiplies a weight."""

@@ -74,10 +74,11 @@ class LoraLinear(LoraLayer):
         bias: Tensor | None = base.bias  # type: ignore[assignment]
         if len(used) != 1:
             return self._beside(x, frozen_linear(x, *found, bias), used)
-        if used[0] not in self.lora_magnitude_vector:
+        magnitude = self.magnitude(used[0])
+        if magnitude is None:
             return frozen_linear(x, *found, bias, self._pair(used[0]))
         product = frozen_linear(x, *found, None, self._pair(used[0]))
-        return _scaled(product, self._ratio(used[0], product.dtype), bias)
+        return _scaled(product, magnitude / self._row_lengths(used[0], product.dtype), bias)
 
     def _pair(self, adapter: str) -> LowRank:
         a, b = self.matrices(adapter)
@@ -92,20 +93,16 @@ class LoraLinear(LoraLayer):
             kept = torch.nn.functional.dropout(x.to(dtype), pair.dropout) if pair.dropout else x.to(dtype)
             low = torch.nn.functional.linear(kept, pair.a.to(dtype))
             share = pair.scale * torch.nn.functional.linear(low, pair.b.to(dtype)).to(base.dtype)
-            if adapter in self.lora_magnitude_vector:
+            if (magnitude := self.magnitude(adapter)) is not None:
                 # Each adapter turns and stretches the base weight by itself, whatever others add.
                 plain = base if bias is None else base - bias.to(base.dtype)  # type: ignore[operator]
-                share = _scaled(plain + share, self._ratio(adapter, base.dtype), None) - plain
+                share = _scaled(plain + share, magnitude / self._row_lengths(adapter, base.dtype), None) - plain
             y = y + share
         return y
 
-    def _ratio(self, adapter: str, dtype: torch.dtype) -> Tensor:
-        """Magnitudes by lengths of the rows they scale. The lengths get no gradient (section 4.3 of the DoRA paper)."""
-        return self.lora_magnitude_vector[adapter].weight / self._lengths(adapter, dtype)  # type: ignore[operator]
-
     @torch.no_grad()
-    def _lengths(self, adapter: str, dtype: torch.dtype) -> Tensor:
-        """[out], the lengths of the rows of W + s B A, without a matrix of that size beside W.
+    def _row_lengths(self, adapter: str, dtype: torch.dtype) -> Tensor:
+        """[out], the lengths of the rows of W + s B A, without a matrix of that size beside W, and without a gradient.
 
         |w + s u|^2 = |w|^2 + 2 s w.u + s^2 |u|^2 with u = b A, so that products with the thin A suffice.
         """

@@ -215,7 +215,8 @@ class PeftModel(nn.Module):
         merged = any(layer.merged for layer in layers)
         if merged:
             self.unmerge_adapter()
-        before = [(part, part.disabled) for part in [*layers, *(saved for _, saved in self._saved())]]
+        before: list[tuple[Any, bool]] = [(layer, layer.disabled) for layer in layers]
+        before += [(saved, saved.disabled) for _, saved in self._saved()]
         try:
             for part, _ in before:
                 part.disabled = True

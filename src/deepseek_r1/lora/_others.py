@@ -56,10 +56,8 @@ class LoraEmbedding(LoraLayer):
             a, b = self.matrices(adapter)
             low = nn.functional.embedding(x, a.t(), base.padding_idx, None, 2.0, base.scale_grad_by_freq, base.sparse)
             share = self.scaling[adapter] * (low @ b.t())
-            if adapter in self.lora_magnitude_vector:
-                with torch.no_grad():
-                    lengths = self.norm(self.base_weight() + self.scaling[adapter] * self.delta(adapter))
-                share = (plain + share) * (self.lora_magnitude_vector[adapter].weight / lengths) - plain
+            if (magnitude := self.magnitude(adapter)) is not None:
+                share = (plain + share) * (magnitude / self._lengths(adapter)) - plain
             found = found + share.to(plain.dtype)
         return found
 
@@ -104,16 +102,15 @@ class LoraConv(LoraLayer):
         plain = None
         for adapter in self.used():
             first, second = self.lora_A[adapter], self.lora_B[adapter]
+            dtype = self.matrices(adapter)[0].dtype
             p = self.dropout[adapter]
             kept = nn.functional.dropout(x, p, self.training) if p else x
             if not torch.is_autocast_enabled(x.device.type):
-                kept = kept.to(first.weight.dtype)
+                kept = kept.to(dtype)
             share = self.scaling[adapter] * second(first(kept)).to(y.dtype)
-            if adapter in self.lora_magnitude_vector:
-                with torch.no_grad():
-                    lengths = self.norm(self.base_weight() + self.scaling[adapter] * self.delta(adapter))
+            if (magnitude := self.magnitude(adapter)) is not None:
                 if plain is None:
                     plain = y if base.bias is None else y - base.bias.reshape(-1, *[1] * (x.ndim - 2))
-                share = (plain + share) * (self.lora_magnitude_vector[adapter].weight / lengths).to(y.dtype) - plain
+                share = (plain + share) * (magnitude / self._lengths(adapter)).to(y.dtype) - plain
             found = found + share
         return found

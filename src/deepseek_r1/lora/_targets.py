@@ -116,6 +116,20 @@ def find_targets(modules: Mapping[str, nn.Module], config: LoraConfig, last: nn.
     return found
 
 
+def unmatched(modules: Mapping[str, nn.Module], config: LoraConfig) -> str:
+    """A sentence about the first of several names of targets that no module has; empty if all are found.
+
+    Example:
+        >>> unmatched({"h.q_proj": nn.Identity()}, LoraConfig(target_modules=["q_proj", "k_proj"]))
+        "LoraConfig(target_modules): 'k_proj' matches no layer. Did you mean 'q_proj'?"
+    """
+    names = config.target_modules
+    for name in names if not isinstance(names, str) and names else ():
+        if not any(_named(path, (name,)) for path in modules):
+            return f"LoraConfig(target_modules): {name!r} matches no layer.{_near(name, list(modules))}"
+    return ""
+
+
 def inside_attention(modules: Mapping[str, nn.Module]) -> set[str]:
     """Paths of layers inside torch.nn.MultiheadAttention."""
     outer = tuple(f"{path}." for path, module in modules.items() if isinstance(module, nn.MultiheadAttention))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,4 +157,4 @@ def _empty(kind: Any, linear: nn.Linear, **options: Any) -> Any:
 
 
 def _frozen(bias: Tensor | None) -> nn.Parameter | None:
-    return None if bias is None else cast(nn.Parameter, nn.Parameter(bias.detach(), requires_grad=False))
+    return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

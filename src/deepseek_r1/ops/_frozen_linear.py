@@ -159,7 +159,7 @@ class _FrozenLinear(torch.autograd.Function):
             if needs_b:
                 grads[3] = (g.t() @ low.reshape(-1, low.shape[-1])).mul_(ctx.scale).to(b.dtype)
             g_low = (g @ b.to(ctx.dtype)).mul_(ctx.scale) if b is not None and (needs_a or needs_x) else None
-            if needs_a:
+            if needs_a and g_low is not None:
                 used = kept.reshape(-1, kept.shape[-1])
                 used = used if mask is None else used * mask * share
                 grads[2] = (g_low.t() @ used).to(a.dtype)
@@ -172,7 +172,7 @@ def _input_gradient(
     ctx: Any, g: Tensor, g_low: Tensor | None, a: Tensor | None, mask: Tensor | None, share: float,
     stored: tuple[Tensor, ...],
 ) -> Tensor:  # fmt: skip
-    found = g @ ctx.dense(ctx.dtype, *stored)
+    found: Tensor = g @ ctx.dense(ctx.dtype, *stored)
     if g_low is not None and a is not None:
         if mask is None:
             found.addmm_(g_low, a.to(ctx.dtype))
