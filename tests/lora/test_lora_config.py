@@ -64,9 +64,8 @@ def test_layers_need_names():
 
 
 def test_scales_and_patterns():
-    config = LoraConfig(
-        r=16, lora_alpha=32, rank_pattern={"v_proj": 4, r"layers\.1\..*": 8}, alpha_pattern={"v_proj": 2}
-    )
+    ranks = {"v_proj": 4, r"layers\.1\..*": 8}
+    config = LoraConfig(r=16, lora_alpha=32, rank_pattern=ranks, alpha_pattern={"v_proj": 2})
     assert (config.rank("layers.0.q_proj"), config.scaling("layers.0.q_proj")) == (16, 2.0)
     assert (config.rank("layers.0.v_proj"), config.scaling("layers.0.v_proj")) == (4, 0.5)
     assert config.rank("model.layers.1.q_proj") == 8

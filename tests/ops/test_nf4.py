@@ -1,5 +1,7 @@
 """NF4: the levels against their definition, rounding against the nearest level, errors within bounds."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,7 +83,7 @@ def test_no_weight_is_further_off_than_half_a_step(count, seed, size):
     # An int8 step of the group's spread, in halves.
     assert bool((off <= 0.51 * stored.scales.repeat_interleave(256)[: len(off)].unsqueeze(1) + 1e-6 * size).all())
     found = torch.nn.functional.pad(dequantize_nf4(stored, (count,)), (0, -count % 64)).reshape(-1, 64)
-    widest = max(b - a for a, b in zip(NF4_LEVELS, NF4_LEVELS[1:], strict=False)) / 2
+    widest = max(b - a for a, b in pairwise(NF4_LEVELS)) / 2
     assert bool(((found - blocks).abs() <= widest * (exact + off) + off + 1e-6 * size).all())
 
 
