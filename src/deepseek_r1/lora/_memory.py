@@ -86,7 +86,7 @@ def sizes_from_count(parameters: int) -> Sizes:
 
     Example:
         >>> sizes_from_count(7_000_000_000).ends // 10**4
-        247
+        249
     """
     width = (parameters * 128 / 12) ** (1 / 3)
     layers = max(1.0, parameters / (12 * width**2))
