@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from . import deploy as deploy
     from . import engines as engines
     from . import graph as graph
+    from . import lora as lora
     from . import measure as measure
     from . import models as models
     from . import nn as nn

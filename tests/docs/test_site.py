@@ -18,6 +18,7 @@ ROOMS = (
     "measure",
     "data",
     "graph",
+    "lora",
     "engines",
     "deploy",
     "train",

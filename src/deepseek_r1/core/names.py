@@ -44,8 +44,8 @@ TORCH_OPTIM = frozenset(_OPTIM_NAMES.split())
 
 #: Rooms of the package that are reachable as attributes before anybody imported them.
 ROOMS = (
-    "compression", "core", "data", "deploy", "engines", "graph", "measure", "models", "nn", "ops", "pruning",
-    "quantization", "recipes", "runtime", "train",
+    "compression", "core", "data", "deploy", "engines", "graph", "lora", "measure", "models", "nn", "ops",
+    "pruning", "quantization", "recipes", "runtime", "train",
 )  # fmt: skip
 
 #: Rooms inside rooms that have a short name too: name -> module.

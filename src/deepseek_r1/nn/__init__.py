@@ -1,7 +1,7 @@
 """Layers: everything `torch.nn` has, plus what torch lacks. Knows nothing about training or engines.
 
-Own names win over torch's where both exist (`Sequential`); `QuantizedLinear` torch does not have; everything else
-here *is* torch's object.
+Own names win over torch's where both exist (`Sequential`); `QuantizedLinear`, `CastLinear` and `NF4Linear` torch does
+not have; everything else here *is* torch's object.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn
 
+from ._frozen import CastLinear, NF4Linear
 from ._quantized import QuantizedLinear
 from ._sequential import Sequential
 
 if TYPE_CHECKING:
     from torch.nn import *  # type: ignore[assignment]  # noqa: F403
 
-__all__ = ["QuantizedLinear", "Sequential"]
+__all__ = ["CastLinear", "NF4Linear", "QuantizedLinear", "Sequential"]
 __all__ += [name for name in dir(torch.nn) if not name.startswith("_") and name not in __all__]
 
 
