@@ -206,12 +206,19 @@ def _backward(ctx: Any, grad: Tensor | None, *more: Tensor | None) -> tuple[Tens
     if grad is None:
         return None, None, None, None, *none
     scale = grad * share
-    # Into the narrow type at once: a wide product of the weight's gradient would be as large as that.
     of_hidden, of_weight, of_bias = (
-        torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype)) if wanted else None
+        _scaled(gradient, scale, dtype) if wanted else None
         for gradient, wanted, dtype in zip(kept, ctx.wanted, ctx.dtypes, strict=True)
     )
     return of_hidden, of_weight, None, of_bias, *none
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.is_grad_enabled():
+        # With create_graph=True; autograd refuses `out`.
+        return (gradient * scale).to(dtype)
+    # Into the narrow type at once: a wide product of the weight's gradient would be as large as that.
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
 _forward.register_autograd(_backward, setup_context=_keep)
