@@ -21,6 +21,7 @@ from typing import Any
 from deepseek_r1.core import atomic
 from deepseek_r1.graph import PASSES
 from quantization import page
+from training import page as training_page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -251,6 +252,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "quantization-search": (("quantization_search",), from_page(page.search)),
     "pruning": (("pruning",), from_page(page.pruning)),
     "joint": (("joint",), from_page(page.joint)),
+    "training-step": (("training_step",), from_page(training_page.step)),
     "four-bits": (("four_bits",), from_page(page.four_bits)),
     "quantization-exports": (("quantization_exports",), from_page(page.exports)),
 }

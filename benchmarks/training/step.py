@@ -49,6 +49,7 @@ class Case:
         labels: whether the model computes its own loss from `labels`.
         workers: of the loader.
         steps: how many are left out of the rate, and how many count.
+        memory_gb: the limit that ours is given.
     """
 
     theirs: Callable[[], nn.Module]
@@ -58,6 +59,7 @@ class Case:
     labels: bool = False
     workers: int = 4
     steps: tuple[int, int] = (40, 100)
+    memory_gb: float | None = None
 
 
 class _Samples(Dataset[Any]):
@@ -128,9 +130,11 @@ _SENTENCES = torch.randint(0, 20_000, (1024, 64), generator=torch.Generator().ma
 
 CASES: dict[str, Case] = {
     "bert-32x128": Case(_hf_bert, _text(128), 32, _our_bert, labels=True),
-    "bert-128x512": Case(_hf_bert, _text(512), 128, _our_bert, labels=True),
+    "bert-128x512": Case(_hf_bert, _text(512), 128, _our_bert, labels=True, memory_gb=16.0),
     "hf-bert-32x128": Case(_hf_bert, _text(128), 32, labels=True),
-    "llama-4x4096": Case(lambda: _llama(True), _tokens, 4, lambda: _llama(False), labels=True, steps=(15, 20)),
+    "llama-4x4096": Case(
+        lambda: _llama(True), _tokens, 4, lambda: _llama(False), labels=True, steps=(15, 20), memory_gb=26.0
+    ),
     "plain-vit": Case(PlainViT, _picture, 64, workers=8),
     "lstm-tagger": Case(Tagger, _sentence, 64),
 }
@@ -217,7 +221,8 @@ def ours(case: Case, clock: Clock) -> list[str]:
             if clock.step(trainer.step):
                 trainer.stop("measured")
 
-    trainer = Trainer((case.ours or case.theirs)(), _loader(case), lr=LR, config=TrainingConfig(), callbacks=[Watch()])
+    config = TrainingConfig(memory_gb=case.memory_gb)
+    trainer = Trainer((case.ours or case.theirs)(), _loader(case), lr=LR, config=config, callbacks=[Watch()])
     return list(trainer.train(epochs=1).notes)
 
 

@@ -124,6 +124,7 @@ def stack(widths: tuple[int, ...] = (32, 128, 48, 160, 32, 96, 32)) -> nn.Sequen
 
 def nested() -> nn.Sequential:
     """Containers inside containers, and plain activations in place."""
+
     def part(d):
         return nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(inplace=True), nn.Linear(2 * d, d), nn.ReLU(inplace=True))
 

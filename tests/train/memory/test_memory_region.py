@@ -105,7 +105,9 @@ def test_user_hooks_and_evaluation_still_work():
 
 def test_spectral_norm_which_changes_what_it_computes_with_gives_the_same_gradient():
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.Tanh()) for _ in range(3)))
+    model = nn.Sequential(
+        *(nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.Tanh()) for _ in range(3))
+    )
     twin, x = copy.deepcopy(model), torch.randn(5, 6)
     plain = gradients(model, x, torch.zeros(5, 6))
     with checkpoint_every(twin, 2):

@@ -33,7 +33,13 @@ def chains(draw, most=5):
         choices = [
             Choice(name="keep", held=saved, forward=draw(st.integers(0, saved)), backward=0, seconds=0.0),
             Choice(name="recompute", held=0, forward=0, backward=0, seconds=again),
-            Choice(name="selective", held=saved // 2, forward=saved // 3, backward=draw(st.integers(0, 5)), seconds=again / 3),
+            Choice(
+                name="selective",
+                held=saved // 2,
+                forward=saved // 3,
+                backward=draw(st.integers(0, 5)),
+                seconds=again / 3,
+            ),
         ]
         fit = draw(st.booleans()) or draw(st.booleans())
         blocks.append(

@@ -27,7 +27,9 @@ def test_training_under_a_limit_gives_the_same_weights_and_says_what_was_chosen(
     plain, report, _ = trained()
     assert not notes(report)
     limited, report, trainer = trained(memory_gb=0.0024)
-    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), limited.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.state_dict().values(), limited.state_dict().values(), strict=True)
+    )
     assert "recompute" in notes(report)[0]
     assert "GB measured" in notes(report)[0]
     assert report.sections[0].title == "memory plan"
@@ -105,7 +107,12 @@ def test_export_and_evaluation_inside_a_limited_run(tmp_path):
     from .models_for_memory import stack
 
     trainer = Trainer(
-        stack(), [(x, y)] * 2, [(x, y)], lr=1e-3, config=TrainingConfig(device="cpu", checkpoint_interval=3), callbacks=[Exports()]
+        stack(),
+        [(x, y)] * 2,
+        [(x, y)],
+        lr=1e-3,
+        config=TrainingConfig(device="cpu", checkpoint_interval=3),
+        callbacks=[Exports()],
     )
     trainer.train(epochs=2)
     assert (tmp_path / "2.onnx").exists()
