@@ -133,8 +133,8 @@ def advise_finetune(
     memory, where = usable(machine)
     wanted, first = _by_samples(num_samples)
     if model is None:
-        reasons = (first, "No model was given, so memory and time were not looked at.")
-        return _advice(wanted, reasons, (), memory, num_samples)
+        unknown = (first, "No model was given, so memory and time were not looked at.")
+        return _advice(wanted, unknown, (), memory, num_samples)
     sizes = _sizes(model)
     flops, assumed = speed(machine)
     options = {"memory_bytes": memory, "batch_size": batch_size, "sequence_length": sequence_length,

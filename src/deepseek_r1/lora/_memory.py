@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -75,10 +76,11 @@ def sizes_of(model: nn.Module) -> Sizes:
     )
 
 
-def _shape(layer: nn.Module) -> tuple[int, int]:
+def _shape(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs."""
     if is_conv1d(layer):
-        return int(layer.weight.shape[0]), int(layer.weight.shape[1])  # type: ignore[union-attr, arg-type]
-    return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+        return int(layer.weight.shape[0]), int(layer.weight.shape[1])
+    return int(layer.in_features), int(layer.out_features)
 
 
 def sizes_from_count(parameters: int) -> Sizes:
@@ -139,7 +141,7 @@ def estimate(
     trained = sizes.parameters if method == "full" else sizes.adapters
     rest = sizes.parameters - sizes.linear
     if method == "full":
-        weights = (_WEIGHT + _COPY) * sizes.parameters
+        weights: float = (_WEIGHT + _COPY) * sizes.parameters
     else:
         stored = _HALF * sizes.linear if method == "lora" else _NF4 * sizes.linear + _HALF * sizes.widest
         weights = stored + _WEIGHT * rest + (_WEIGHT + _COPY) * trained
