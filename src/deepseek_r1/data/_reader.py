@@ -97,16 +97,16 @@ class Reader(Dataset[Any]):
 
     def _read(self, task: Task) -> Any:
         if not self.batched:
-            return self._one(task.keys, task)
+            return self._each([task.keys], task)[0]
         keys = [key for row in task.keys for key in row] if isinstance(self.assemble, Packed) else task.keys
         together = getattr(self.dataset, "__getitems__", None)
-        if together:
-            return together(keys)
-        return [self._one(key, task) for key in keys]
+        return together(keys) if together else self._each(keys, task)
 
-    def _one(self, key: Any, task: Task) -> Any:
+    def _each(self, keys: Any, task: Task) -> list[Any]:
+        dataset, samples, key = self.dataset, [], None
         try:
-            return self.dataset[key]
+            for key in keys:
+                samples.append(dataset[key])
         except StopIteration as e:
             # Left alone it would end the pass without a word.
             raise InputError(
@@ -116,6 +116,7 @@ class Reader(Dataset[Any]):
         except Exception as e:
             e.add_note(f"While sample {key!r} was read, for batch {task.number + 1} of pass {task.epoch + 1}.")
             raise
+        return samples
 
     def _seeded(self, task: Task) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.seed is None else seeded(mixed_seed(self.seed, task.epoch, task.number))
