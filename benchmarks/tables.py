@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from training import page as training_page
+
 from deepseek_r1.core import atomic
 from deepseek_r1.graph import PASSES
 from quantization import page
-from training import page as training_page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
