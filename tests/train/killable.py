@@ -40,7 +40,7 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make(save_dir, kind, kill_at=0, *, save_every_steps=1):
+def make(save_dir, kind, kill_at=0, *, save_every_steps=1, **fields):
     seed_everything(3)
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
     options = {
@@ -53,10 +53,12 @@ def make(save_dir, kind, kill_at=0, *, save_every_steps=1):
     if kind == "persistent":
         dataset = [(torch.linspace(-1, 1, 6) * i, i % 3) for i in range(22)]
     train = DataLoader(dataset, batch_size=4, shuffle=True, **options)
-    config = TrainingConfig(
-        gradient_accumulation_steps=2, micro_batch_size=2, schedule="cosine", warmup=2, clip_grad_norm=1.0,
-        save_dir=str(save_dir), save_every_steps=save_every_steps, keep_last=None, seed=5, device="cpu",
-    )  # fmt: skip
+    given = {
+        "gradient_accumulation_steps": 2, "micro_batch_size": 2, "schedule": "cosine", "warmup": 2,
+        "clip_grad_norm": 1.0, "save_dir": str(save_dir), "save_every_steps": save_every_steps, "keep_last": None,
+        "seed": 5, "device": "cpu",
+    }  # fmt: skip
+    config = TrainingConfig(**{**given, **fields})
     val = DataLoader(dataset, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(1))
     return Trainer(model, train, val, lr=1e-2, config=config, callbacks=[Kill(kill_at)])
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import deepseek_r1.train._checkpoint as disk
+import deepseek_r1.train._pack as packing
 from deepseek_r1.core import ArtifactError, ConfigError, InputError
 from deepseek_r1.train import Callback, CheckpointError, Trainer, TrainingConfig
 
@@ -29,13 +30,13 @@ plain = st.recursive(
 @given(plain)
 def test_plain_values_survive(value):
     tensors = {}
-    assert disk.unpack(json.loads(json.dumps(disk.pack(value, tensors, "x"))), tensors) == value
+    assert packing.unpack(json.loads(json.dumps(packing.pack(value, tensors, "x"))), tensors) == value
     assert tensors == {}
 
 
 def round_trip(tmp_path, model, state):
-    disk.write_checkpoint(tmp_path / "step-00000001", model, state, 1)
-    return disk.read_checkpoint(tmp_path / "step-00000001")
+    disk.write(tmp_path / "step-00000001", disk.gather(model, state, 1))
+    return disk.read(tmp_path / "step-00000001")
 
 
 def test_generators_tensors_and_tuples_survive(tmp_path):
@@ -82,12 +83,12 @@ def test_names_that_would_clash_are_kept_apart(tmp_path):
 
 def test_what_cannot_be_held_is_named(tmp_path):
     with pytest.raises(InputError, match=r"state\.callback\.0 is of type function"):
-        disk.write_checkpoint(tmp_path / "c", {}, {"callback": [lambda: 0]}, 1)
+        disk.write(tmp_path / "c", disk.gather({}, {"callback": [lambda: 0]}, 1))
     assert not list(tmp_path.iterdir())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     with pytest.raises(InputError, match="is no checkpoint"):
-        disk.write_checkpoint(tmp_path / "other", {}, {}, 1)
+        disk.write(tmp_path / "other", disk.gather({}, {}, 1))
 
 
 def data(n=6):

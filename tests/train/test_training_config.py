@@ -40,6 +40,12 @@ pytestmark = pytest.mark.tiny
         ("save_every_steps", 0, ">= 1"),
         ("save_every_epochs", -1, ">= 1"),
         ("keep_last", 0, ">= 1"),
+        ("keep_best", -1, ">= 0"),
+        ("keep_best", True, ">= 0"),
+        ("async_save", "yes", "'auto'"),
+        ("on_save_error", "ignore", "'stop', 'continue'"),
+        ("shard_gb", 0, "> 0"),
+        ("log_dir", 3, "directory"),
         ("log_every", 0, ">= 1"),
         ("device", 3, "'cuda:N'"),
         ("schema_version", 2, "update deepseek-r1"),
@@ -79,7 +85,7 @@ def test_auto_is_settled_once_with_reasons():
 
 
 def test_explicit_choices_are_honoured():
-    given = TrainingConfig(device="cpu", precision="bf16", compile=True, cuda_graph=False)
+    given = TrainingConfig(device="cpu", precision="bf16", compile=True, cuda_graph=False, async_save=True)
     assert resolve(given, nn.Linear(2, 2)) == (given, {})
 
 
@@ -107,6 +113,22 @@ def test_precision_on_a_gpu_follows_its_generation(monkeypatch, bf16, capability
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert resolve(TrainingConfig(device="cuda"), nn.Linear(2, 2))[0].precision == precision
+
+
+def test_a_gpu_without_bf16_units_is_not_asked_for_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(ConfigError, match=r"no bf16 units.*'fp16'"):
+        resolve(TrainingConfig(device="cuda", precision="bf16"), nn.Linear(2, 2))
+
+
+def test_large_models_are_saved_in_the_background(tmp_path):
+    small, large = nn.Linear(2, 2), nn.Linear(4000, 4100, device="meta")
+    config = TrainingConfig(device="cpu", save_dir=tmp_path)
+    assert resolve(config, small)[0].async_save is False
+    settled, reasons = resolve(config, large)
+    assert settled.async_save is True
+    assert "host memory" in reasons["async_save"]
 
 
 @pytest.mark.parametrize(("device", "says"), [("cuda:99", "torch finds"), ("mps", "trains on"), ("nowhere", "one of")])

@@ -107,10 +107,9 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
 
 def test_a_shorter_loader_at_resume_is_refused(tmp_path):
     make(tmp_path / "whole", "global").train(EPOCHS)
-    trainer = make(tmp_path / "whole", "global")
+    trainer = make(tmp_path / "other", "global")
     trainer.resume(tmp_path / "whole" / "step-00000005")
     trainer.train_loader = list(trainer.train_loader)[:1]
-    trainer.config = trainer.config.__class__(save_dir=str(tmp_path / "other"))
     from deepseek_r1.core import InputError
 
     with pytest.raises(InputError, match="gives only 1 batches"):

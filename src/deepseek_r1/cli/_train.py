@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from safetensors.torch import save
 from ..core import DeepSeekError, InputError, Report, atomic
 from ..core.userfile import place, told
 from ..graph import Program
-from ..train import Trainer, TrainingConfig
+from ..train import Terminated, Trainer, TrainingConfig
 from ._inputs import Opened, open_inputs
 
 
@@ -23,6 +25,7 @@ def train_model(
     out: Path,
     epochs: int,
     lr: float,
+    optimizer: str,
     batch_size: int,
     settings: Mapping[str, Any],
     weights: Path | None,
@@ -30,13 +33,17 @@ def train_model(
     export: bool,
     image_size: str | None,
 ) -> Report:
-    """Train, measure on the test part, and write `model.safetensors`, `checkpoints/` and the report to `out`.
+    """Train, measure on the test part, and write `model.safetensors` and the report to `out`.
+
+    Args:
+        settings: fields of the TrainingConfig, `save_dir` and `seed` among them.
 
     Raises:
         DeepSeekError: whatever was given cannot be used, or the loss is not finite.
+        Terminated: SIGTERM; the step was finished and saved, and the command to go on was written.
     """
-    kept = out / "checkpoints"
-    config = TrainingConfig(save_dir=str(kept), **settings)
+    config = TrainingConfig(**settings)
+    kept = Path(settings["save_dir"])
     if not resume and kept.is_dir() and any(kept.iterdir()):
         raise InputError(f"{kept} has checkpoints of an earlier run: add --resume to go on, or give another --out.")
     opened = open_inputs(
@@ -48,7 +55,8 @@ def train_model(
         )
     loader = opened.part("train")
     assert loader is not None, "--data is a needed option"
-    trainer = Trainer(opened.model, loader, opened.part("val"), lr=lr, config=config)
+    trainer = Trainer(opened.model, loader, opened.part("val"), lr=lr, config=config, optimizer=optimizer)
+    trainer.resume_with = _same_command()
     if resume:
         trainer.resume()
     report = _train(trainer, epochs, kept, opened)
@@ -84,14 +92,19 @@ def _keeping(report: Report) -> Iterator[None]:
         raise
 
 
+def _same_command() -> str:
+    """What was typed, with --resume."""
+    program = ["python", "-m", "deepseek_r1"] if Path(sys.argv[0]).name == "__main__.py" else ["deepseek-r1"]
+    words = [*program, *sys.argv[1:]]
+    return shlex.join(words if "--resume" in words else [*words, "--resume"])
+
+
 def _train(trainer: Trainer, epochs: int, kept: Path, opened: Opened) -> Report:
     first = trainer.step
     try:
         return trainer.train(epochs)
-    except DeepSeekError:
+    except (DeepSeekError, Terminated):
         raise
-    except KeyboardInterrupt as e:
-        raise KeyboardInterrupt(f"{e} (On the command line: the same command with --resume.)") from None
     except (Exception, SystemExit) as e:
         # The first step is where a model and data that do not fit meet.
         misfit = trainer.step == first and isinstance(e, RuntimeError | TypeError | ValueError | IndexError)

@@ -12,9 +12,12 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_UMASK = threading.Lock()
 
 
 def _fsync_dir(path: Path) -> None:
@@ -28,6 +31,14 @@ def _fsync_dir(path: Path) -> None:
 def _fsync_file(path: Path) -> None:
     with path.open("rb+") as f:
         os.fsync(f.fileno())
+
+
+def _umask() -> int:
+    # It can only be read by setting it. Two threads that do so at a time would leave one's value behind.
+    with _UMASK:
+        umask = os.umask(0o077)
+        os.umask(umask)
+    return umask
 
 
 @contextlib.contextmanager
@@ -64,9 +75,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield tmp
             _fsync_file(tmp)
-            umask = os.umask(0)
-            os.umask(umask)
-            tmp.chmod(0o666 & ~umask)
+            tmp.chmod(0o666 & ~_umask())
             os.replace(tmp, target)
             _fsync_dir(target.parent)
         finally:
@@ -113,10 +122,10 @@ def _filled_dir(target: Path) -> Iterator[Path]:
             if file.is_file():
                 _fsync_file(file)
         _fsync_dir(tmp)
-        umask = os.umask(0)
-        os.umask(umask)
-        tmp.chmod(0o777 & ~umask)
+        tmp.chmod(0o777 & ~_umask())
         if target.exists():
+            # A kill may have left one; nothing can be renamed onto it.
+            remove_dir(old)
             os.replace(target, old)
         try:
             os.replace(tmp, target)
@@ -128,7 +137,20 @@ def _filled_dir(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            remove_dir(old)
+
+
+def remove_dir(path: str | os.PathLike[str]) -> None:
+    """Delete a directory, if it is there: a kill leaves all of it under its name, or nothing.
+
+    What cannot be deleted stays, without an error; under a hidden name that ends in `.tmp`, if that can be given.
+    """
+    target = Path(path)
+    doomed = target.parent / f".{target.name.lstrip('.')}.gone.tmp"
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.replace(target, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def recover_dir(path: str | os.PathLike[str]) -> None:

@@ -58,6 +58,7 @@ PUBLIC: dict[str, str] = {
     "AdaptiveOptimizer": "deepseek_r1.train:AdaptiveOptimizer",
     "Artifact": "deepseek_r1.core:Artifact",
     "Budget": "deepseek_r1.core:Budget",
+    "DSCheckpoint": "deepseek_r1.train:DSCheckpoint",
     "DSDataLoader": "deepseek_r1.data:DSDataLoader",
     "DSModule": "deepseek_r1.module:DSModule",
     "DSQuantizer": "deepseek_r1.quantization:DSQuantizer",

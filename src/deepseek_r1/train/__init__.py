@@ -8,8 +8,10 @@ from __future__ import annotations
 from ._callbacks import Callback, EarlyStopping
 from ._checkpoint import CheckpointError
 from ._config import TrainingConfig, resolve
+from ._dscheckpoint import DSCheckpoint, PendingCheckpoint
 from ._ema import ExponentialMovingAverage
 from ._ewc import ElasticWeightConsolidation
+from ._interrupt import Terminated
 from ._objective import Objective
 from ._rng import seed_everything
 from ._schedule import lr_factor
@@ -24,6 +26,7 @@ __all__ = [
     "AdaptiveOptimizer",
     "Callback",
     "CheckpointError",
+    "DSCheckpoint",
     "EarlyStopping",
     "ElasticWeightConsolidation",
     "ExponentialMovingAverage",
@@ -32,7 +35,9 @@ __all__ = [
     "MemoryPlanner",
     "Muon",
     "Objective",
+    "PendingCheckpoint",
     "StepResult",
+    "Terminated",
     "Trainer",
     "TrainingConfig",
     "checkpoint_every",

@@ -17,6 +17,8 @@ SCHEMA_VERSION = 1
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 #: The share of a model in repeated blocks from which on they alone are compiled.
 _WORTH = 0.5
+#: Bytes of parameters from which on a CPU writes checkpoints in the background: below, writing takes milliseconds.
+_WORTH_A_THREAD = 64 * 10**6
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "staged")
 
 
@@ -60,7 +62,14 @@ class TrainingConfig:
         save_every_steps: optimizer steps between checkpoints, or None.
         save_every_epochs: epochs between checkpoints, or None.
         keep_last: checkpoints to keep in save_dir, or None for all.
-        log_every: optimizer steps between points of the loss curve (`Trainer.losses`).
+        keep_best: checkpoints to keep beside those: the ones with the best `early_stop_metric` (of the checkpoints
+            written at an epoch's end, which have one).
+        async_save: True writes checkpoints in the background: a step waits only for a copy in host memory. "auto":
+            on a GPU, and on a CPU for models of 64 MB and more.
+        on_save_error: "stop" ends the run with the CheckpointError, "continue" warns and trains on.
+        shard_gb: checkpoints of more than so many gigabytes (10^9 bytes) are split into files of at most that size.
+        log_dir: directory for `log.jsonl` and TensorBoard event files; None: none are written.
+        log_every: optimizer steps between points of the loss curve (`Trainer.losses`) and of the log.
 
     Raises:
         ConfigError: a field has a value that is not allowed; the message says what is.
@@ -97,6 +106,11 @@ class TrainingConfig:
     save_every_steps: int | None = None
     save_every_epochs: int | None = 1
     keep_last: int | None = 3
+    keep_best: int = 0
+    async_save: bool | Literal["auto"] = "auto"
+    on_save_error: str = "stop"
+    shard_gb: float = 4.0
+    log_dir: str | None = None
     log_every: int = 10
     schema_version: int = SCHEMA_VERSION
 
@@ -117,6 +131,7 @@ class TrainingConfig:
             self._refuse("compile", "True, False, 'blocks' or 'auto'")
         if self.cuda_graph not in (True, False, "auto"):
             self._refuse("cuda_graph", "True, False or 'auto'")
+        self._check_saving()
         if not isinstance(self.deterministic, bool):
             self._refuse("deterministic", "True or False")
         if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < 2**32):
@@ -152,13 +167,24 @@ class TrainingConfig:
         if not ((_is_int(value) and value >= 0) or (isinstance(value, float) and 0 <= value < 1)):
             self._refuse(name, "a number of steps (an integer >= 0) or a fraction of the run (a float in [0, 1))")
 
+    def _check_saving(self) -> None:
+        if self.async_save not in (True, False, "auto"):
+            self._refuse("async_save", "True, False or 'auto'")
+        self._one_of("on_save_error", ("stop", "continue"))
+        if not _is_int(self.keep_best) or self.keep_best < 0:
+            self._refuse("keep_best", "an integer >= 0")
+        if not _is_number(self.shard_gb) or self.shard_gb <= 0:
+            self._refuse("shard_gb", "a number > 0")
+
     def _check_names(self) -> None:
         if not isinstance(self.early_stop_metric, str):
             self._refuse("early_stop_metric", "a key of the history, such as 'val_loss'")
-        if self.save_dir is not None:
-            if not (isinstance(self.save_dir, str) or hasattr(self.save_dir, "__fspath__")):
-                self._refuse("save_dir", "None or the path of a directory")
-            object.__setattr__(self, "save_dir", str(self.save_dir))
+        for name in ("save_dir", "log_dir"):
+            value = getattr(self, name)
+            if value is not None:
+                if not (isinstance(value, str) or hasattr(value, "__fspath__")):
+                    self._refuse(name, "None or the path of a directory")
+                object.__setattr__(self, name, str(value))
         if not isinstance(self.device, str | torch.device):
             self._refuse("device", "'auto', 'cpu', 'cuda' or 'cuda:N'")
         object.__setattr__(self, "device", str(self.device))
@@ -200,6 +226,7 @@ def resolve(config: TrainingConfig, model: nn.Module) -> tuple[TrainingConfig, d
     precision = config.precision
     if precision == "auto":
         precision, reasons["precision"] = _choose_precision(torch.device(device))
+    _check_precision(device, precision)
     settled, more = settle_memory(replace(config, device=device, precision=precision))
     reasons.update(more)
     if settled.compile == "auto":
@@ -210,7 +237,16 @@ def resolve(config: TrainingConfig, model: nn.Module) -> tuple[TrainingConfig, d
         settled = replace(settled, cuda_graph=graphs)
         if precision == "fp16" and not graphs:
             reasons["cuda_graph"] = "False: the gradient scaler of fp16 decides on the host"
+    if settled.async_save == "auto":
+        in_background = torch.device(device).type == "cuda" or _bytes(model) >= _WORTH_A_THREAD
+        settled = replace(settled, async_save=in_background)
+        if in_background and config.save_dir is not None:
+            reasons["async_save"] = "True: a step waits for a copy in host memory only, the disk is written behind it"
     return settled, reasons
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in model.parameters() if not nn.parameter.is_lazy(t))
 
 
 def _choose_compile(device: torch.device, model: nn.Module) -> tuple[bool | Literal["blocks"], str]:
@@ -231,6 +267,18 @@ def _choose_device(model: nn.Module) -> tuple[str, str]:
     if torch.cuda.is_available():
         return "cuda", f"cuda: {torch.cuda.get_device_name()} was found"
     return "cpu", "cpu: torch finds no CUDA GPU"
+
+
+def _check_precision(device: str, precision: str) -> None:
+    if (
+        precision == "bf16"
+        and device.startswith("cuda")
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ConfigError(
+            "TrainingConfig(precision='bf16'): this GPU has no bf16 units and would emulate it slowly; use 'fp16', "
+            "'fp32' or 'auto'."
+        )
 
 
 def _check_device(name: str) -> None:

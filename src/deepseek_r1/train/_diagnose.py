@@ -25,14 +25,16 @@ def first_non_finite(
     device: torch.device,
     precision: str,
     micro_batch_size: int | None,
+    first_batch: int = 1,
 ) -> str:
     """Say where the step on `batches` first goes non-finite; the model must have the step's own weights.
 
-    The run costs one step, draws from a copy of the generators' state, and leaves no gradients behind.
+    Where there are several, the batch is named too, the first of them by the number `first_batch`. The run costs one
+    step, draws from a copy of the generators' state, and leaves no gradients behind.
     """
     model.zero_grad(set_to_none=True)
     with preserved_rng(device):
-        for batch in batches:
+        for number, batch in enumerate(batches, first_batch):
             part = unpack_batch(batch)
             size = batch_size(part)
             for start in range(0, size, micro_batch_size or size):
@@ -41,7 +43,7 @@ def first_non_finite(
                 found = _look(model, objective, to_device(piece, device), device, precision)
                 model.zero_grad(set_to_none=True)
                 if found:
-                    return found
+                    return found if len(batches) == 1 else f"in batch {number}, {found}"
     return (
         "it did not show again when the batch was run once more (random layers drew other numbers, or only the sum of "
         "the gradients overflows)"

@@ -5,9 +5,12 @@ Knows loaders and random generators. Knows nothing about models.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,9 +123,17 @@ def _failing_clearly(loader: Any, epoch: int, number: int = 0) -> Iterator[Any]:
 
 def _first_line(e: Exception) -> str:
     lines = [line for line in str(e).strip().splitlines() if line.strip()]
-    # Errors out of a worker process carry their whole traceback; the last line is the error.
-    text = lines[-1] if lines and "worker process" in lines[0] else (lines[0] if lines else "")
-    return f"{type(e).__name__}: {text}" if text else type(e).__name__
+    text = lines[0] if lines else ""
+    if "worker process" in text:
+        # Errors out of a worker process carry their whole traceback; the last line is the error.
+        text = f"{lines[-1]}{_worker_place(lines)}"
+    return f"{type(e).__name__}: {text}" if text and not text.startswith(type(e).__name__) else text or type(e).__name__
+
+
+def _worker_place(lines: list[str]) -> str:
+    found = re.findall(r'File "(.+?)", line (\d+)', "\n".join(lines))
+    own = [place for place in found if f"{os.sep}site-packages{os.sep}" not in place[0]] or found
+    return f" (in the worker: {Path(own[-1][0]).name}, line {own[-1][1]})" if own else ""
 
 
 def windows(iterator: Iterator[Any], size: int) -> Iterator[list[Any]]:
@@ -151,13 +162,30 @@ def steps_in_epoch(loader: Any, size: int) -> int | None:
     Raises:
         InputError: the loader is empty.
     """
-    try:
-        count = len(loader)
-    except TypeError:
-        return None
+    count = loader_length(loader)
     if count == 0:
         raise empty_loader(loader)
-    return -(-count // size)
+    return None if count is None else -(-count // size)
+
+
+def loader_length(loader: Any) -> int | None:
+    """Batches in one pass as the loader says, or None if it does not."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def size_note(loader: Any) -> str:
+    """What a user may want to know of a loader whose batch is larger than its dataset; else empty."""
+    size = getattr(loader, "batch_size", None)
+    try:
+        samples = len(loader.dataset)
+    except (AttributeError, TypeError):
+        return ""
+    if not isinstance(size, int) or size <= samples:
+        return ""
+    return f"data: the batch of {size} is larger than the dataset of {samples} samples, so an epoch is one small batch"
 
 
 def empty_loader(loader: Any) -> InputError:

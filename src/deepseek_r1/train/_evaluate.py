@@ -56,10 +56,12 @@ def evaluate(
     *,
     device: torch.device,
     precision: str = "fp32",
+    check: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Mean loss and metrics over a loader, weighted with the batches' sizes.
 
     Args:
+        check: called before each batch; what it raises ends the evaluation.
         metrics: functions of (outputs, labels) that give a number for a batch, or objects with `update(outputs,
             labels)`, `compute()` and `reset()` (in the manner of torchmetrics) for what is no mean over samples.
             None: accuracy for class labels, mean absolute error for floating ones.
@@ -75,6 +77,8 @@ def evaluate(
             metric.reset()  # type: ignore[attr-defined]
     with preserved_rng(device), mode(model, False), torch.inference_mode():
         for batch in batches(loader, 0, device):
+            if check is not None:
+                check()
             part = unpack_batch(batch)
             size = batch_size(part)
             args, kwargs, labels = to_device(part, device)

@@ -28,11 +28,13 @@ class StepResult:
         samples: samples in all batches of the step.
         bad: whether the loss or a gradient was not finite: a bool where that is known, on a GPU a scalar tensor
             (1 or 0) that may still be in the making. The parameters were not changed if it is true.
+        grad_norm: norm of all gradients together before clipping, a scalar; None without `clip_grad_norm`.
     """
 
     loss: Tensor
     samples: int
     bad: bool | Tensor
+    grad_norm: Tensor | None = None
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -127,31 +129,35 @@ def train_step(
         scale=None if scaler is None else scaler.scale,
     )  # fmt: skip
     if scaler is not None:
-        _scaled_update(optimizer, scaler, clip_grad_norm)
+        norm = _scaled_update(optimizer, scaler, clip_grad_norm)
         # With a non-finite loss every gradient is, and the scaler has skipped the update.
         bad: bool | Tensor = (~torch.isfinite(loss)).float()
-        return StepResult(loss, samples, bool(bad) if place.type == "cpu" else bad)
-    bad = _not_finite(loss, _parameters(optimizer), clip_grad_norm)
-    return StepResult(loss, samples, guarded_update(optimizer, bad))
+        return StepResult(loss, samples, bool(bad) if place.type == "cpu" else bad, norm)
+    parameters = _parameters(optimizer)
+    norm = None if clip_grad_norm is None else clip_grad_norm_(parameters, clip_grad_norm)
+    bad = _not_finite(loss, parameters, norm)
+    return StepResult(loss, samples, guarded_update(optimizer, bad), norm)
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _scaled_update(optimizer: Optimizer, scaler: torch.amp.GradScaler, clip: float | None) -> None:
+def _scaled_update(optimizer: Optimizer, scaler: torch.amp.GradScaler, clip: float | None) -> Tensor | None:
+    norm = None
     if clip is not None:
         scaler.unscale_(optimizer)
-        clip_grad_norm_(_parameters(optimizer), clip)
+        norm = clip_grad_norm_(_parameters(optimizer), clip)
     scaler.step(optimizer)
     scaler.update()
+    return norm
 
 
-def _not_finite(loss: Tensor, parameters: list[nn.Parameter], clip: float | None) -> bool | Tensor:
-    """Whether the loss or any gradient is not finite. Reads the device only if it is the CPU."""
-    if clip is not None:
-        total = clip_grad_norm_(parameters, clip)
-        found = (~torch.isfinite(loss.float() + total.to(loss.device))).float()
+def _not_finite(loss: Tensor, parameters: list[nn.Parameter], norm: Tensor | None) -> bool | Tensor:
+    """Whether the loss or any gradient is not finite, by their norm if it is known. Reads the device only if it is
+    the CPU."""
+    if norm is not None:
+        found = (~torch.isfinite(loss.float() + norm.to(loss.device))).float()
     else:
         found = _found_inf([loss, *(p.grad for p in parameters if p.grad is not None)])
     return bool(found) if loss.device.type == "cpu" else found

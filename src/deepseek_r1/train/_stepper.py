@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from ..core import ConfigError, InputError, NonFiniteLossError
 from ..data._batch import batch_size, unpack_batch
 from ._blocks import block_runs, compiled
-from ._checkpoint import advice
 from ._config import TrainingConfig
 from ._device_run import BadStep, DeviceRun
 from ._device_step import device_step
@@ -50,6 +49,7 @@ class Stepper:
         objective: Objective,
         config: TrainingConfig,
         *,
+        advice: Callable[[], str],
         may_compile: bool = False,
     ) -> None:
         self.progress = Progress()
@@ -59,10 +59,19 @@ class Stepper:
         self.scaler = make_scaler(self._device, config.precision)
         self.memory = make_control(model, objective, optimizer, config)
         self._forward: Callable[..., Any] = torch.compile(model) if config.compile is True else model
-        self._may_compile = may_compile
+        self._may_compile, self._advice = may_compile, advice
+        self._factor = 1.0
+        self._first_batch: dict[int, int] = {}
         self._run: DeviceRun | None = None
         self._blocks = contextlib.ExitStack()
         self._graphs = ""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the first group, without waiting for a GPU where it is a number there."""
+        rate = self._optimizer.param_groups[0]["lr"]
+        on_gpu = isinstance(rate, Tensor) and rate.device.type != "cpu"
+        return self.base_lrs[0] * self._factor if on_gpu else float(rate)
 
     @property
     def graphs(self) -> str:
@@ -126,15 +135,19 @@ class Stepper:
         began = time.perf_counter()
         c, progress = self._config, self.progress
         if c.schedule != "constant" or c.warmup:
-            factor = config_lr_factor(progress.step - progress.first_step, total, c)
-            set_rates(self._optimizer, self.base_lrs, factor)
+            self._factor = config_lr_factor(progress.step - progress.first_step, total, c)
+            set_rates(self._optimizer, self.base_lrs, self._factor)
         if progress.step == progress.first_step:
             tell_total(self._optimizer, total)
         number = progress.step + 1
+        # A bad step is known a few steps later.
+        self._first_batch = {k: v for k, v in self._first_batch.items() if k > number - 8} | {
+            number: progress.batch + 1
+        }
         if self.memory is not None:
             self.memory.begin(window)
         try:
-            loss, samples = self._taken(window, number)
+            loss, samples, norm = self._taken(window, number)
         except ValueError as e:
             if _ONE_SAMPLE not in str(e):
                 raise
@@ -143,11 +156,11 @@ class Stepper:
                 "taken. Use drop_last=True in the loader, or a larger batch (and micro-batch), so that no batch has "
                 "one sample."
             ) from e
-        progress.count(loss, len(window), samples, time.perf_counter() - began, c.log_every)
+        progress.count(loss, len(window), samples, time.perf_counter() - began, c.log_every, norm)
         if self.scaler is not None and progress.step % c.log_every == 0 and self.scaler.get_scale() < 1:
             self._fail(window, progress.step)
 
-    def _taken(self, window: list[Any], number: int) -> tuple[Tensor, int]:
+    def _taken(self, window: list[Any], number: int) -> tuple[Tensor, int, Tensor | None]:
         c = self._config
         if self._run is not None:
             samples = sum(batch_size(unpack_batch(batch)) for batch in window)
@@ -155,14 +168,14 @@ class Stepper:
             self._refuse(bad)
             if self._run.graphs is not None and self._run.graphs.waits:
                 self._compile_more()
-            return loss, samples
+            return loss, samples, None
         result = train_step(
             self._forward, window, self._optimizer, self._objective, device=self._device, precision=c.precision,
             micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm, scaler=self.scaler,
         )  # fmt: skip
         if bool(result.bad):
             self._fail(window, number)
-        return result.loss, result.samples
+        return result.loss, result.samples, result.grad_norm
 
     def settle(self) -> None:
         """Wait for the steps under way, and raise NonFiniteLossError if one of them is bad."""
@@ -193,12 +206,14 @@ class Stepper:
         with torch.compiler.set_stance("force_eager"):
             where = first_non_finite(
                 self._model, self._objective, window, device=self._device, precision=self._config.precision,
-                micro_batch_size=self._config.micro_batch_size,
+                micro_batch_size=self._config.micro_batch_size, first_batch=self._first_batch[step],
             )  # fmt: skip
+        first, last = self._first_batch[step], self._first_batch[step] + len(window) - 1
+        batches = f"batch {first}" if first == last else f"batches {first} to {last}"
         raise NonFiniteLossError(
-            f"step {step} (epoch {self.progress.epoch + 1}): the loss or a gradient is not a finite number: {where}. "
-            f"The step was not applied. {advice(self._config.save_dir)} Common ways out: a smaller lr, "
-            "clip_grad_norm=1.0, a warm-up, precision='fp32', cleaner data."
+            f"step {step} (epoch {self.progress.epoch + 1}), {batches}: the loss or a gradient is not a finite number: "
+            f"{where}. The step was not applied. {self._advice()} Common ways out: a smaller lr, clip_grad_norm=1.0, a "
+            "warm-up, precision='fp32', cleaner data."
         )
 
 

@@ -6,10 +6,8 @@ Every part is a plain function or small class in the modules beside this one. Kn
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +15,28 @@ import torch
 from torch import nn
 
 from .. import deploy
-from ..core import ConfigError, InputError, Report, progress
-from . import _checkpoint as disk
-from ._callbacks import Callback, call, check_callbacks, overriding
+from ..core import ConfigError, InputError, Report
+from ._callbacks import Callback, check_callbacks
+from ._checkpoint import Contents, config_of, gather, read
 from ._config import TrainingConfig, resolve
 from ._configured import configured
 from ._ema import averaged, averaged_copy
-from ._epoch import Place, batches, check_loader, empty_loader, epoch_start, steps_in_epoch, windows
+from ._epoch import Place, check_loader, size_note, steps_in_epoch
 from ._evaluate import evaluate, example_inputs, mode, placed, predict
-from ._interrupt import Interrupts
+from ._folder import find
+from ._interrupt import Interrupts, Terminated
+from ._loop import by_signal, interrupted, run
 from ._objective import LossFunction, Objective, Penalty
 from ._optim import OptimizerLike, make_optimizer
+from ._pack import Copy
 from ._progress import Progress
-from ._rng import (
-    cpu_threads,
-    deterministic_kernels,
-    loader_state,
-    preserved_rng,
-    rng_state,
-    seed_everything,
-    set_loader_state,
-    set_rng_state,
-)
+from ._rng import cpu_threads, deterministic_kernels, preserved_rng, seed_everything, set_rng_state
+from ._saving import Saver
 from ._schedule import config_lr_factor
+from ._state import metrics, put_back, take
 from ._stepper import Stepper, check_batch_size
-from ._summary import differences, run_notes, summarise
+from ._summary import run_notes, summarise
+from ._watch import Watch
 
 
 class Trainer:
@@ -66,6 +61,10 @@ class Trainer:
         metrics: name -> function of (outputs, labels), used in evaluation. None: chosen like the loss.
         penalties: functions of the model, each giving a scalar that is added to the loss of every training step, such
             as `ElasticWeightConsolidation`. Evaluation leaves them out.
+
+    Attributes:
+        resume_with: what a run that was interrupted names as the way to go on, such as a command; by default the
+            calls of `resume` and `train`.
 
     Raises:
         ConfigError, InputError: an argument cannot be used; the message says what can.
@@ -108,14 +107,18 @@ class Trainer:
             self.optimizer, self._reasons["optimizer"] = make_optimizer(model, lr, self.config, optimizer)
         self.callbacks = [*configured(self.config), *check_callbacks(callbacks)]
         self.resumed = False
+        self.resume_with = ""
+        self._restarted, self._validating = False, False
         self._objective = Objective(model, loss, penalties)
+        self._saver = Saver(self.config)
         self._stepper = Stepper(
-            model, self.optimizer, self._objective, self.config, may_compile=given.compile == "auto"
-        )
+            model, self.optimizer, self._objective, self.config,
+            advice=self._saver.advice, may_compile=given.compile == "auto",
+        )  # fmt: skip
         self._place: Place | None = None
         self._epoch_start: dict[str, Any] | None = None
         self._whole = True
-        self._saved_step: int | None = None
+        self._watch: Watch | None = None
         self._skipped: list[tuple[str, str]] = []
         self._interrupts = Interrupts()
 
@@ -168,6 +171,7 @@ class Trainer:
             InputError: the loader is empty, a batch is ragged, no default loss fits, a callback failed.
             CheckpointError: the disk refuses a checkpoint; earlier ones stand.
             KeyboardInterrupt: Ctrl-C. The step is finished and a checkpoint written first, if there is a `save_dir`.
+            Terminated: SIGTERM; the same, and a script that does not catch it ends with exit code 0.
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ConfigError(f"train(epochs={epochs!r}): an integer >= 1 is needed.")
@@ -176,7 +180,7 @@ class Trainer:
         config_lr_factor(0, total, self.config)
         check_batch_size(self.train_loader, self.config.micro_batch_size)
         self._begin_run()
-        last_epoch, first = self._progress.first_epoch + epochs, self.step
+        first = self.step
         with ExitStack() as stack:
             self._interrupts = stack.enter_context(Interrupts())
             stack.enter_context(placed(self.model, self.device))
@@ -184,21 +188,20 @@ class Trainer:
             stack.enter_context(deterministic_kernels(self.config.deterministic))
             stack.enter_context(cpu_threads(self.config.threads))
             with preserved_rng(self.device):  # importing rich draws from python's generator
-                advance = stack.enter_context(progress.bar("training", total))
-            advance(self.step - self._progress.first_step, "")
+                watch = Watch(self, total, continued=self.resumed or self._restarted)
+                self._watch = stack.enter_context(watch)
             stack.enter_context(self._stepper.running())
             try:
-                call(overriding(self.callbacks, "on_train_start"), "on_train_start", self)
-                while self.epoch < last_epoch and not self._progress.stopped:
-                    self._run_epoch(total, advance)
-                if self.config.save_dir is not None and self._saved_step != self.step:
-                    self.save()
-                call(overriding(self.callbacks, "on_train_end"), "on_train_end", self)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(self._interrupted()) from None
+                run(self, self._progress.first_epoch + epochs, total, watch)
+            except (KeyboardInterrupt, Terminated, InputError) as e:
+                if not by_signal(self, e):
+                    raise
+                raise interrupted(self, epochs, self._interrupts.error(e)) from None
             finally:
+                with self._interrupts.held():
+                    self._saver.close()
                 self.optimizer.zero_grad(set_to_none=True)
-                self.resumed = False
+                self.resumed, self._restarted, self._watch = False, False, None
         return self._report(self.step - first)
 
     def evaluate(self, loader: Iterable[Any] | None = None) -> dict[str, float]:
@@ -215,8 +218,9 @@ class Trainer:
         with placed(self.model, self.device), self.averaged():
             self._stepper.settle()
             return evaluate(
-                self.model, source, self._objective, self.metrics, device=self.device, precision=self.config.precision
-            )
+                self.model, source, self._objective, self.metrics, device=self.device, precision=self.config.precision,
+                check=self._interrupts.check if self._validating else None,
+            )  # fmt: skip
 
     def predict(self, loader: Iterable[Any]) -> Any:
         """The model's outputs for a whole loader, concatenated on the CPU (labels in the batches are ignored)."""
@@ -251,11 +255,11 @@ class Trainer:
     # Checkpoints.
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
-        """Write a checkpoint from which `resume` goes on exactly; whole or not at all.
+        """Write a checkpoint from which `resume` goes on exactly; whole or not at all. It is there on return.
 
         Args:
             path: a new directory for it. None: under its step's name in `config.save_dir`, of whose checkpoints
-                all but the last `keep_last` are then deleted.
+                those that `keep_last` and `keep_best` do not keep are then deleted.
 
         Raises:
             ConfigError: neither a path nor a save_dir.
@@ -264,19 +268,12 @@ class Trainer:
         """
         if path is None and self.config.save_dir is None:
             raise ConfigError("save() needs a path, or TrainingConfig(save_dir=...).")
-        self._stepper.settle()
-        if not self._whole:
-            raise InputError(
-                "the last step did not end, so the state is not whole and cannot be saved for an exact resumption; "
-                "resume() from the last checkpoint. (The weights alone: torch.save(model.state_dict(), ...).)"
-            )
-        folder = Path(self.config.save_dir or ".")
-        target = Path(path) if path is not None else folder / disk.checkpoint_name(self.step)
-        disk.write_checkpoint(target, self.model.state_dict(), self._state(), self.step)
-        if path is None:
-            self._saved_step = self.step
-            disk.prune(folder, self.config.keep_last, self.step)
-        return target
+        self._check_whole()
+        if path is not None:
+            self._saver.write(Path(path), self._contents)
+            return Path(path)
+        self._saver.write_own(self.step, self._contents, wait=True)
+        return self._saver.path_of(self.step)
 
     def resume(self, path: str | os.PathLike[str] | None = None, *, missing_ok: bool = False) -> Path | None:
         """Load a checkpoint; the next `train(epochs)` goes on from it to the run's end, to the bit on a CPU.
@@ -288,66 +285,38 @@ class Trainer:
 
         Raises:
             ArtifactError: the checkpoint is damaged, or all in the directory are; the file is named.
-            InputError: there is none, or it is of another model or optimizer.
+            InputError: there is none, or it is of another model or optimizer; the first mismatch is named.
         """
         if path is None and self.config.save_dir is None:
             raise ConfigError("resume() needs a path, or TrainingConfig(save_dir=...).")
-        found, refused = disk.find(Path(path if path is not None else self.config.save_dir or "."), missing_ok)
+        self._saver.finish()
+        found, refused = find(Path(path if path is not None else self.config.save_dir or "."), missing_ok)
         if found is None:
+            self._restarted = True
             return None
-        model_state, state = disk.read_checkpoint(found)
+        model_state, state = read(found)
         # The optimizer's state is put where the parameters are.
         with placed(self.model, self.device):
-            self._load(found, model_state, state)
+            put_back(self, found.name, model_state, state)
+        self._whole, self.resumed = True, True
+        if self.config.save_dir is not None and found == self._saver.path_of(self.step):
+            self._saver.saved_step = self.step
         self._skipped += [(str(bad), why) for bad, why in refused.items()]
         return found
 
-    def _state(self) -> dict[str, Any]:
-        between_epochs = self._epoch_start is None
-        return {
-            "progress": self._progress.to_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "base_lrs": self._stepper.base_lrs,
-            "scaler": None if self._stepper.scaler is None else self._stepper.scaler.state_dict(),
-            "rng": rng_state(self.device),
-            "epoch_start": epoch_start(self.train_loader, self.device) if between_epochs else self._epoch_start,
-            "val_loader": None if self.val_loader is None else loader_state(self.val_loader),
-            "callbacks": [{"class": type(c).__name__, "state": c.state_dict()} for c in self.callbacks],
-            "config": asdict(self.config),
-            "batch_size": getattr(self.train_loader, "batch_size", None),
-        }
+    def _contents(self, copy: Copy | None) -> Contents:
+        return gather(
+            self.model.state_dict(), take(self), self.step,
+            config=config_of(self.model), metrics=metrics(self), copy=copy,
+        )  # fmt: skip
 
-    def _load(self, path: Path, model_state: dict[str, Any], state: dict[str, Any]) -> None:
-        try:
-            self.model.load_state_dict(model_state)
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as e:
-            raise InputError(f"{path} is of another model or optimizer: {e}") from e
-        if self._stepper.scaler is not None and state["scaler"] is not None:
-            self._stepper.scaler.load_state_dict(state["scaler"])
-        given, self._stepper.base_lrs = self._stepper.base_lrs, state["base_lrs"]
-        self._stepper.progress = Progress.from_dict(state["progress"])
-        self._place = Place(state["epoch_start"], self._progress.batch, state["rng"])
-        if self.val_loader is not None and state["val_loader"] is not None:
-            set_loader_state(self.val_loader, state["val_loader"])
-        self._skipped = []
-        for i, saved in enumerate(state["callbacks"]):
-            if i < len(self.callbacks) and type(self.callbacks[i]).__name__ == saved["class"]:
-                self.callbacks[i].load_state_dict(saved["state"])
-            else:
-                self._skipped.append((f"state of callback {saved['class']}", "this Trainer has no such callback"))
-        self._reasons["resumed"] = f"from {path.name} (step {self.step})" + differences(
-            state["config"],
-            asdict(self.config),
-            state.get("batch_size"),
-            getattr(self.train_loader, "batch_size", None),
-        )
-        if given != self._stepper.base_lrs:
-            kept, asked = (f"{rates[0]:g}" for rates in (self._stepper.base_lrs, given))
-            self._reasons["optimizer"] = self._reasons["optimizer"].replace(f"lr {asked}", f"lr {kept}")
-            self._reasons["lr"] = f"{kept} as the run began with, not {asked} as given; for another begin a new run"
-        self._stepper.forget()
-        self._whole, self.resumed, self._saved_step = True, True, self.step
+    def _check_whole(self) -> None:
+        self._stepper.settle()
+        if not self._whole:
+            raise InputError(
+                "the last step did not end, so the state is not whole and cannot be saved for an exact resumption; "
+                "resume() from the last checkpoint. (The weights alone: torch.save(model.state_dict(), ...).)"
+            )
 
     # The run.
 
@@ -364,81 +333,7 @@ class Trainer:
             self._progress.begin_run()
             if self.config.seed is not None:
                 seed_everything(self.config.seed)
-        if self.config.save_dir is not None:
-            disk.refuse_later(Path(self.config.save_dir), self.step, {name for name, _ in self._skipped})
-
-    def _run_epoch(self, total: int | None, advance: Callable[[int, str], None]) -> None:
-        state, place = self._progress, self._place
-        if place is None:
-            state.begin_epoch()
-            self._epoch_start = epoch_start(self.train_loader, self.device)
-        else:
-            self._epoch_start = place.start
-        self._place = None
-        after_step = overriding(self.callbacks, "on_step_end")
-        stream = batches(self.train_loader, self.epoch, self.device, place)
-        drawn, unshown = 0.0, 0
-        self._whole = False
-        for window in windows(stream, self.config.gradient_accumulation_steps):
-            if state.batch == 0 and not isinstance(getattr(self.train_loader, "batch_size", None), int):
-                self._stepper.check_micro_batch(window)
-            self._stepper.step(window, total)
-            call(after_step, "on_step_end", self)
-            self._whole = True
-            unshown += 1
-            if time.monotonic() - drawn > 0.1:
-                advance(unshown, "")
-                drawn, unshown = time.monotonic(), 0
-            if self.config.save_every_steps and self.step % self.config.save_every_steps == 0:
-                self.save()
-            self._interrupts.check()
-            if state.stopped:
-                return
-            self._whole = False
-        self._whole = True
-        self._interrupts.check()
-        advance(unshown, "")
-        if state.batch == 0:
-            raise empty_loader(self.train_loader)
-        self._end_epoch()
-
-    def _end_epoch(self) -> None:
-        state = self._progress
-        self._stepper.settle()
-        state.read()
-        state.add_point(state.step)
-        values: dict[str, float] = {}
-        if self.val_loader is not None:
-            self._interrupts.safe = True
-            values = self.evaluate()
-            self._interrupts.safe = False
-        entry = {
-            "epoch": state.epoch + 1,
-            "step": state.step,
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "train_loss": state.loss_sum / state.epoch_samples,
-            **{f"val_{name}": value for name, value in values.items()},
-            "seconds": state.epoch_seconds,
-        }
-        state.history.append(entry)
-        state.epoch += 1
-        state.begin_epoch()
-        self._epoch_start = None
-        call(overriding(self.callbacks, "on_epoch_end"), "on_epoch_end", self)
-        every = self.config.save_every_epochs
-        if self.config.save_dir is not None and every and state.epoch % every == 0:
-            self.save()
-        self._interrupts.check()
-
-    def _interrupted(self) -> str:
-        if self.config.save_dir is None:
-            return f"stopped at step {self.step}; nothing was saved, as there is no save_dir."
-        if self._whole:
-            saved = self.save()
-            return (
-                f"stopped at step {self.step}; saved {saved}. Call trainer.resume(), then train() with the same epochs."
-            )
-        return f"stopped in the middle of step {self.step + 1}. {disk.advice(self.config.save_dir)}"
+        self._saver.begin(self.step, {name for name, _ in self._skipped})
 
     def _report(self, taken: int) -> Report:
         state, c = self._progress, self.config
@@ -448,11 +343,14 @@ class Trainer:
         if (memory := self._stepper.memory) is not None and memory.reason:
             self._reasons["memory"] = memory.reason
         notes = run_notes(self._reasons, self._objective, state, taken)
+        if note := size_note(self.train_loader):
+            notes.append(note)
         report = summarise(
             history=[e for e in state.history if e["epoch"] > state.first_epoch],
             losses=[(step, value) for step, value in self.losses if step > state.first_step],
             steps=state.step - state.first_step, samples=state.samples, seconds=state.seconds,
-            metric=c.early_stop_metric, mode=c.early_stop_mode, notes=notes, skipped=self._skipped,
+            metric=c.early_stop_metric, mode=c.early_stop_mode, notes=notes,
+            skipped=[*self._skipped, *self._saver.skipped],
             facts={"device": c.device, "precision": c.precision, "torch": str(torch.__version__)},
         )  # fmt: skip
         report.sections += [memory.report] if memory is not None and memory.report is not None else []
