@@ -1,47 +1,51 @@
 """A Triton kernel for cross entropy: losses of rows of logits, and the logits replaced by the losses' derivatives.
 
-Imported only where there is a CUDA device, as Triton comes with torch's CUDA builds alone. Knows no linear layer.
+Called only for tensors on a CUDA device: Triton comes with torch's CUDA builds alone. Knows no linear layer.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 #: Logits that one program reads at a time; a row is one program's.
 _BLOCK = 8192
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _slopes_kernel(logits, labels, losses, width, ignored, WRITE: tl.constexpr, BLOCK: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels + row)
-    counts = label != ignored
-    safe = tl.where(counts, label, 0)
-    logits += row * width
-    # The largest so far, and the sum of exponentials less it (Milakov and Gimelshein, 2018).
-    top = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    for start in range(0, width, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + places, mask=places < width, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
-        top = higher
-    lse = top + tl.log(total)
-    picked = tl.load(logits + safe).to(tl.float32)
-    tl.store(losses + row, tl.where(counts, lse - picked, 0.0))
-    if WRITE:
+if triton is not None:
+
+    @triton.jit
+    def _slopes_kernel(logits, labels, losses, width, ignored, WRITE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
+        row = tl.program_id(0).to(tl.int64)
+        label = tl.load(labels + row)
+        counts = label != ignored
+        safe = tl.where(counts, label, 0)
+        logits += row * width
+        # The largest so far, and the sum of exponentials less it (Milakov and Gimelshein, 2018).
+        top = tl.full((), float("-inf"), tl.float32)
+        total = tl.full((), 0.0, tl.float32)
         for start in range(0, width, BLOCK):
             places = start + tl.arange(0, BLOCK)
             x = tl.load(logits + places, mask=places < width, other=float("-inf")).to(tl.float32)
-            slopes = tl.exp(x - lse) - (places == safe).to(tl.float32)
-            slopes = tl.where(counts, slopes, 0.0)
-            tl.store(logits + places, slopes.to(logits.dtype.element_ty), mask=places < width)
+            higher = tl.maximum(top, tl.max(x, 0))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
+            top = higher
+        lse = top + tl.log(total)
+        picked = tl.load(logits + safe).to(tl.float32)
+        tl.store(losses + row, tl.where(counts, lse - picked, 0.0))
+        if WRITE:
+            for start in range(0, width, BLOCK):
+                places = start + tl.arange(0, BLOCK)
+                x = tl.load(logits + places, mask=places < width, other=float("-inf")).to(tl.float32)
+                slopes = tl.exp(x - lse) - (places == safe).to(tl.float32)
+                slopes = tl.where(counts, slopes, 0.0)
+                tl.store(logits + places, slopes.to(logits.dtype.element_ty), mask=places < width)
 
 
 def slopes_(logits: Tensor, labels: Tensor, ignore_index: int, *, write: bool) -> Tensor:
