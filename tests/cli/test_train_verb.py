@@ -72,14 +72,16 @@ def test_the_documented_flags_are_taken(config):
 
 def test_every_option_reaches_the_configuration(config, tmp_path):
     found = config(
-        f"train model.py:build --data data.npz --epochs 7 --lr 0.5 --optimizer lion --schedule cosine --warmup 0.1 --weight-decay 0.2 "
+        f"train model.py:build --data data.npz --epochs 7 --lr 0.5 --optimizer lion "
+        f"--schedule cosine --warmup 0.1 --weight-decay 0.2 "
         f"--clip-grad-norm 1.5 --batch-size 9 --micro-batch-size 3 --gradient-accumulation-steps 2 --precision bf16 "
         f"--memory-gb 4 --compile --device cpu --threads 1 --deterministic --save-dir {tmp_path}/c "
         f"--save-every-steps 5 --save-every-epochs 2 --keep-last 4 --keep-best 2 --async-save --on-save-error continue "
         f"--early-stop-patience 6 --log-dir {tmp_path}/l --log-every 3 --resume --seed 11"
     )
     expected = {
-        "epochs": 7, "lr": 0.5, "optimizer": "lion", "schedule": "cosine", "warmup": 0.1, "weight_decay": 0.2, "clip_grad_norm": 1.5,
+        "epochs": 7, "lr": 0.5, "optimizer": "lion",
+        "schedule": "cosine", "warmup": 0.1, "weight_decay": 0.2, "clip_grad_norm": 1.5,
         "batch_size": 9, "micro_batch_size": 3, "gradient_accumulation_steps": 2, "precision": "bf16", "memory_gb": 4.0,
         "compile": True, "device": "cpu", "threads": 1, "deterministic": True, "save_dir": tmp_path / "c",
         "save_every_steps": 5, "save_every_epochs": 2, "keep_last": 4, "keep_best": 2, "async_save": True,

@@ -82,8 +82,8 @@ def train(
     from ._train import train_model
 
     return train_model(
-        what, data, out=out, epochs=epochs, lr=lr, optimizer=optimizer, batch_size=batch_size, settings=chosen, weights=weights,
-        resume=resume, export=export, image_size=image_size,
+        what, data, out=out, epochs=epochs, lr=lr, optimizer=optimizer, batch_size=batch_size, settings=chosen,
+        weights=weights, resume=resume, export=export, image_size=image_size,
     )  # fmt: skip
 
 
