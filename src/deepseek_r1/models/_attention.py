@@ -117,7 +117,7 @@ def side_by_side(x: Tensor, *parts: nn.Module) -> tuple[Tensor, ...]:
     Narrow products do not fill a GPU, so they are done as one with the weights joined. Layers that are more than a
     plain `nn.Linear` (adapters, hooks, quantised ones), are large, or are not being trained, are called one by one.
     """
-    joined = [part for part in parts if type(part) is nn.Linear and not part._forward_hooks and part.training]
+    joined = [part for part in parts if type(part) is nn.Linear and part.training and not _hooked(part)]
     apart = len(joined) < len(parts) or not x.is_cuda or len({part.bias is None for part in joined}) > 1
     if apart or sum(part.weight.numel() for part in joined) > _NARROW:
         return tuple(part(x) for part in parts)
@@ -125,6 +125,10 @@ def side_by_side(x: Tensor, *parts: nn.Module) -> tuple[Tensor, ...]:
     biases = tuple(part.bias for part in joined if part.bias is not None)
     y = F.linear(x, weight, torch.cat(biases) if biases else None)
     return y.split([part.out_features for part in joined], -1)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def split_heads(x_BLD: Tensor, head_size: int) -> Tensor:
