@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -117,7 +119,7 @@ class EncoderDecoder(nn.Module):
 def stack(widths: tuple[int, ...] = (32, 128, 48, 160, 32, 96, 32)) -> nn.Sequential:
     """Linear layers of changing width with an activation after each."""
     layers: list[nn.Module] = []
-    for inside, outside in zip(widths, widths[1:], strict=False):
+    for inside, outside in itertools.pairwise(widths):
         layers += [nn.Linear(inside, outside), nn.GELU(approximate="tanh")]
     return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 

@@ -122,7 +122,13 @@ class Applied:
         return output
 
     def _run(
-        self, index: int, position: int, name: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        index: int,
+        position: int,
+        name: str,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         block = self._blocks[index]
         if block.action == KEEP:

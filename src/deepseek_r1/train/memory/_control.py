@@ -64,10 +64,8 @@ class MemoryControl:
         if self.plan is None:
             assert self._memory_gb is not None, "a control has something to control"
             self.plan = self._planned(window)
-            self.reason = (
-                f"peak {self.plan.measured_peak_bytes / 1e9:.4g} GB measured, limit {self.plan.budget_bytes / 1e9:.4g} GB; "
-                + summary(self.plan)
-            )
+            peak, limit = self.plan.measured_peak_bytes / 1e9, self.plan.budget_bytes / 1e9
+            self.reason = f"peak {peak:.4g} GB measured, limit {limit:.4g} GB; {summary(self.plan)}"
         self._applied = self.plan.applied(self._model)
 
     def _planned(self, window: Sequence[Any]) -> MemoryPlan:
@@ -78,7 +76,7 @@ class MemoryControl:
         size = min(sizes[largest], self._micro or sizes[largest])
         args, kwargs, labels = slice_batch(parts[largest], 0, size) if size < sizes[largest] else parts[largest]
         # Back in the form of a loader: keyword inputs are a dict, several positional ones a tuple.
-        inputs = kwargs if not args else args
+        inputs = args if args else kwargs
         planner = MemoryPlanner(
             self._model, (inputs, labels) if labels is not None else (inputs,), self._objective, device=self._device,
             precision=self._precision, optimizer=self._optimizer,

@@ -107,8 +107,8 @@ def discover(workload: Workload, modules: Mapping[str, nn.Module]) -> tuple[list
         _forward(workload)
     if not watch.calls:
         raise InputError(
-            f"no block of {type(workload.model).__name__} was called with gradients on; its blocks are {list(modules)[:5]}..."
-            " Memory is planned for models whose parts are called as modules."
+            f"no block of {type(workload.model).__name__} was called with gradients on (its blocks: {list(modules)[:5]}). "
+            "Memory is planned for models whose parts are called as modules."
         )
     used = Counter(
         id(tensor)

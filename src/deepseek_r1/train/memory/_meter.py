@@ -108,8 +108,8 @@ class Meter:
 
 
 def _begin_recording() -> None:
-    from torch.autograd import ProfilerConfig, ProfilerState, _enable_profiler_legacy
     from torch._C._profiler import _ExperimentalConfig
+    from torch.autograd import ProfilerConfig, ProfilerState, _enable_profiler_legacy
 
     # The profiler of torch's public surface has the same records, but prints, and orders them by its clock.
     _enable_profiler_legacy(ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig()))

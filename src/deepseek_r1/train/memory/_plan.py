@@ -108,7 +108,9 @@ class MemoryPlanner:
         if precision not in ("fp32", "bf16", "fp16"):
             raise ConfigError(f"plan_memory(precision={precision!r}): 'fp32', 'bf16' or 'fp16' is needed.")
         first = next(model.parameters(), None)
-        place = torch.device(device) if device is not None else first.device if first is not None else torch.device("cpu")
+        place = (
+            torch.device(device) if device is not None else first.device if first is not None else torch.device("cpu")
+        )
         if first is not None and first.device.type != place.type:
             raise InputError(f"the model is on {first.device}, the plan is for {place}; move the model there first.")
         goal = objective if isinstance(objective, Objective) else Objective(model, objective)
@@ -193,8 +195,8 @@ class MemoryPlanner:
     def _too_small(self, budget: int) -> ConfigError:
         alive, least = self.alive_bytes / GB, self.minimum_bytes / GB
         return ConfigError(
-            f"memory_gb={budget / GB:.4g} is less than a step of this model takes on this batch: at least {least:.4g} GB "
-            f"({alive:.4g} GB of them parameters, gradients, optimizer state and the batch). Give that much, or lower "
+            f"memory_gb={budget / GB:.4g} is less than a step of this model takes on this batch: at least {least:.4g} "
+            f"GB ({alive:.4g} GB of them parameters, gradients, optimizer state and the batch). Give that much, or lower "
             "micro_batch_size."
         )
 
@@ -318,8 +320,9 @@ def summary(plan: MemoryPlan) -> str:
 
     Example:
         >>> block = BlockPlan(modules=("0",), calls=(0,))
-        >>> summary(MemoryPlan(budget_bytes=2, predicted_peak_bytes=1, measured_peak_bytes=1, unconstrained_peak_bytes=1,
-        ...     minimum_bytes=1, alive_bytes=1, extra_seconds=0.0, step_seconds=1.0, blocks=(block,), report=Report("")))
+        >>> nbytes = dict.fromkeys(("budget_bytes", "predicted_peak_bytes", "measured_peak_bytes"), 2)
+        >>> nbytes |= dict.fromkeys(("unconstrained_peak_bytes", "minimum_bytes", "alive_bytes"), 1)
+        >>> summary(MemoryPlan(**nbytes, extra_seconds=0.0, step_seconds=1.0, blocks=(block,), report=Report("")))
         '1 block: 1 keep; all fits'
     """
     runs = Counter(block.run for block in plan.blocks if block.action == RECOMPUTE)

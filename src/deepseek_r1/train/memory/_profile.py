@@ -73,7 +73,8 @@ class Profile:
             for index in range(action.first, action.last + 1):
                 calls = self.units[index].calls
                 named: dict[str, Any] = {
-                    "modules": tuple(c.name for c in calls), "calls": tuple(c.number for c in calls), "run": action.first,
+                    "modules": tuple(c.name for c in calls), "calls": tuple(c.number for c in calls),
+                    "run": action.first,
                 }  # fmt: skip
                 if action.kind != SINGLE:
                     mode = TOGETHER if action.kind == RUN else EACH
@@ -119,7 +120,12 @@ def profile(workload: Workload, *, offload: bool | None = None, compiled: bool =
         workload.clear()
         measure.meter = Meter(workload.device, _static(workload))
         with Applied(
-            workload.model, plans, buffers=buffers, meter=measure.meter, after_block=measure.after_block, compiled=compiled
+            workload.model,
+            plans,
+            buffers=buffers,
+            meter=measure.meter,
+            after_block=measure.after_block,
+            compiled=compiled,
         ):
             measure.meter.start()
             try:
@@ -311,9 +317,7 @@ class _Measurement:
                     label = (self._number[key], name, turn)
                     if ("after", label) in peaks:
                         before, held, after = (peaks[stage, label] for stage in ("before", "held", "after"))
-                        found.append(
-                            (held.live - before.live, before.peak - before.live, after.peak - before.live)
-                        )
+                        found.append((held.live - before.live, before.peak - before.live, after.peak - before.live))
                 kind.nbytes[name] = found[-1]
 
     def _choices(self, unit: Unit) -> tuple[tuple[Choice, ...], int, float]:
@@ -341,7 +345,9 @@ class _Measurement:
         forward, both = kind.seconds[KEEP]
         wait = max(0.0, copying - forward) + max(0.0, copying - (both - forward)) + 0.05 * forward
         # On the way out, and one block ahead on the way back, a neighbour's tensors are there too.
-        return Choice(name=OFFLOAD, held=0, forward=2 * keep.held, backward=keep.held + max(0, keep.backward), seconds=wait)
+        return Choice(
+            name=OFFLOAD, held=0, forward=2 * keep.held, backward=keep.held + max(0, keep.backward), seconds=wait
+        )
 
 
 def _caller(way: tuple[str, frozenset[Operator]]) -> Callable[..., Any]:

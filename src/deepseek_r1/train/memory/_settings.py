@@ -21,7 +21,8 @@ def check_settings(memory_gb: Any, checkpoint_interval: Any) -> None:
     if checkpoint_interval is not None and not (whole and checkpoint_interval >= 1):
         raise ConfigError(
             f"TrainingConfig(checkpoint_interval={checkpoint_interval!r}): the value must be None or an integer >= 1 "
-            "(blocks that are recomputed together). Checkpoints on disk are set by save_every_steps and save_every_epochs."
+            "(blocks that are recomputed together). Checkpoints on disk are set by save_every_steps and "
+            "save_every_epochs."
         )
     number = isinstance(memory_gb, int | float) and not isinstance(memory_gb, bool) and math.isfinite(memory_gb)
     if memory_gb is not None and memory_gb != "auto" and not (number and memory_gb > 0):
@@ -30,8 +31,8 @@ def check_settings(memory_gb: Any, checkpoint_interval: Any) -> None:
         )
     if memory_gb is not None and checkpoint_interval is not None:
         raise ConfigError(
-            f"TrainingConfig(memory_gb={memory_gb!r}, checkpoint_interval={checkpoint_interval!r}): the plan for a limit "
-            "of memory chooses what is recomputed; give one of the two."
+            f"TrainingConfig(memory_gb={memory_gb!r}, checkpoint_interval={checkpoint_interval!r}): the plan for a "
+            "limit of memory chooses what is recomputed; give one of the two."
         )
 
 

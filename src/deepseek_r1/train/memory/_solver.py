@@ -154,7 +154,9 @@ def _runs(blocks: Sequence[Block], first: int) -> list[_Move]:
         gap = block.gap_peak - freed
         again += block.choices[1].seconds
         inside = range(first, last + 1)
-        together = max(blocks[k].backward_peak + filled[k - first] + max(0, blocks[k].choices[0].backward) for k in inside)
+        together = max(
+            blocks[k].backward_peak + filled[k - first] + max(0, blocks[k].choices[0].backward) for k in inside
+        )
         together = max(together, _refill(blocks, first, last, filled))
         each = max(max(blocks[k].backward_peak for k in inside), _refill(blocks, first, last, None))
         found.append(_Move(Action(first, last, RUN), max(forward, gap, together), -freed, again))
@@ -213,7 +215,9 @@ def solve(chain: Chain, budget: float) -> Solution | None:
             (fits,) = np.nonzero(memory[at] + move.need <= budget)
             if len(fits):
                 back = np.stack([np.full(len(fits), at), fits, np.full(len(fits), number)], axis=1)
-                arriving[move.action.last + 1].append((memory[at][fits] + move.held, seconds[at][fits] + move.seconds, back))
+                arriving[move.action.last + 1].append(
+                    (memory[at][fits] + move.held, seconds[at][fits] + move.seconds, back)
+                )
     if size:
         memory[size], seconds[size], came[size] = _prune(arriving[size])
     if not len(memory[size]):

@@ -40,11 +40,10 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def _collect(name: str, module: nn.Module, found: dict[str, nn.Module], seen: set[int]) -> None:
     if id(module) in seen:
         return
-    if not _has_chain(module):
-        if not isinstance(module, nn.ModuleList | nn.ModuleDict) or not len(module):
-            seen.add(id(module))
-            found[name] = module
-            return
+    if not _has_chain(module) and (not isinstance(module, nn.ModuleList | nn.ModuleDict) or not len(module)):
+        seen.add(id(module))
+        found[name] = module
+        return
     children = list(module.named_children())
     repeated = _repeated([child for _, child in children]) if isinstance(module, _CONTAINERS) else set()
     for own, child in children:
@@ -83,7 +82,8 @@ def structure(module: nn.Module) -> tuple[Any, ...]:
     """What two equal blocks have in common: class, settings, shapes and modes, not values.
 
     Example:
-        >>> structure(nn.Linear(2, 3)) == structure(nn.Linear(2, 3)), structure(nn.Linear(2, 3)) == structure(nn.Linear(3, 2))
+        >>> one, other = nn.Linear(2, 3), nn.Linear(3, 2)
+        >>> structure(one) == structure(nn.Linear(2, 3)), structure(one) == structure(other)
         (True, False)
     """
     tensors = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in module.named_parameters())

@@ -1,0 +1,345 @@
+"""Training under a limit of memory: is the promise kept, and what does it cost?
+
+    python benchmarks/training memory [--device cuda] [--only transformer] [--shares 1,0.5,0.35] [--out FILE]
+
+For a transformer (GPT-2's size on a GPU, a small one on a CPU) and ResNet-152 (a narrow ResNet-50 on a CPU), a row for
+each limit, given as a share of the activations of a step that keeps everything: the limit, the predicted and the real
+peak, the time of a step (forward, backward, update) relative to keeping everything, whether the gradients are the same
+to the bit, and the same of its rivals: the fastest of checkpointing every block, every second, every third... whose
+real peak is not above ours, and torch's own `activation_memory_budget` on the compiled model at the same share, which
+promises no peak. Real peaks are the allocator's own (`torch.cuda.max_memory_allocated`; on a CPU all its allocations
+are recorded). Ways take turns; times are the fastest of the rounds. Weights and data are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from optimize_zoo import about
+from torch import Tensor, nn
+
+from deepseek_r1.core import ConfigError, atomic
+from deepseek_r1.train import MemoryPlanner, Objective, checkpoint_every
+from deepseek_r1.train.memory import measured_peak
+
+RESULT = Path(__file__).parents[1] / "results" / "training_memory.json"
+WIDTHS = (6, 8, 9, 8, 6, 16, 18)
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35)
+
+
+class Block(nn.Module):
+    """GPT-2's block: attention and a perceptron, each behind a norm, with dropout."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.qkv, self.out = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, d)
+        x = x + F.dropout(self.out(a), 0.1, self.training)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2's decoder with tied embeddings; ids [N, T] to logits [N, vocabulary, T]."""
+
+    def __init__(self, vocabulary: int, dim: int, depth: int, heads: int, length: int) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, dim), nn.Embedding(length, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(self.norm(x)).transpose(1, 2)
+        return out
+
+
+class Bottleneck(nn.Module):
+    """ResNet's block of three convolutions, with operations in place."""
+
+    def __init__(self, inside: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or inside != 4 * width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inside, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        y += x if self.shortcut is None else self.shortcut(x)
+        out: Tensor = self.relu(y)
+        return out
+
+
+class ResNet(nn.Module):
+    """He et al., arXiv 1512.03385; (3, 8, 36, 3) blocks and width 64 make ResNet-152."""
+
+    def __init__(self, blocks: tuple[int, ...], width: int, classes: int = 1000) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.stages, inside = nn.ModuleList(), width
+        for stage, count in enumerate(blocks):
+            layers = []
+            for k in range(count):
+                layers.append(Bottleneck(inside, width * 2**stage, 2 if stage and not k else 1))
+                inside = 4 * width * 2**stage
+            self.stages.append(nn.Sequential(*layers))
+        self.fc = nn.Linear(inside, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.bn(self.conv(x))))
+        for stage in self.stages:
+            x = stage(x)
+        out: Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
+def cases(device: torch.device) -> dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]]:
+    """Name -> (model, batch, precision)."""
+    if device.type == "cuda":
+        return {
+            "transformer": (
+                lambda: GPT(50_257, 768, 12, 12, 1024),
+                lambda: (torch.randint(0, 50_257, (16, 1024)), torch.randint(0, 50_257, (16, 1024))), "bf16",
+            ),
+            "resnet152": (
+                lambda: ResNet((3, 8, 36, 3), 64),
+                lambda: (torch.randn(128, 3, 224, 224), torch.randint(0, 1000, (128,))), "bf16",
+            ),
+        }  # fmt: skip
+    return {
+        "transformer": (
+            lambda: GPT(512, 256, 8, 4, 128),
+            lambda: (torch.randint(0, 512, (8, 128)), torch.randint(0, 512, (8, 128))), "fp32",
+        ),
+        "resnet50-narrow": (
+            lambda: ResNet((3, 4, 6, 3), 16, 10),
+            lambda: (torch.randn(16, 3, 96, 96), torch.randint(0, 10, (16,))), "fp32",
+        ),
+    }  # fmt: skip
+
+
+class Bench:
+    """One model: its plain step, and what is measured of a step in any form."""
+
+    def __init__(self, case: tuple[Callable[[], nn.Module], Callable[[], Any], str], device: torch.device) -> None:
+        make, batch, self.precision = case
+        torch.manual_seed(0)
+        self.device = device
+        self.model = make().to(device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.planner = MemoryPlanner(
+            self.model,
+            batch(),
+            Objective(self.model),
+            device=device,
+            precision=self.precision,
+            optimizer=self.optimizer,
+        )
+        self.work = self.planner.workload
+
+    def step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.work.run()
+        self.optimizer.step()
+
+    def peak(self) -> int:
+        """Of two steps, the first one included."""
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        return measured_peak(lambda: (self.step(), self.step()), self.device, self.work.alive())
+
+    def seconds(self) -> float:
+        self._wait()
+        began = time.perf_counter()
+        self.step()
+        self._wait()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def gradients(self) -> list[Tensor]:
+        """On deterministic kernels, from one seed."""
+        torch.manual_seed(1)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.work.run()
+        return [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+
+
+def fastest(
+    bench: Bench, ways: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]], rounds: int
+) -> dict[str, float]:
+    """The fastest step of each way; ways take turns."""
+    found = dict.fromkeys(ways, math.inf)
+    for _ in range(rounds):
+        for name, way in ways.items():
+            with way():
+                bench.seconds()
+                found[name] = min(found[name], *(bench.seconds() for _ in range(3)))
+    return found
+
+
+def torch_knob(bench: Bench, share: float) -> dict[str, Any]:
+    """torch's own knob: a share of what would be saved, on the compiled model."""
+    import torch._functorch.config as functorch_config
+
+    torch._dynamo.reset()
+    work, plain = bench.work, bench.work.model
+    try:
+        with functorch_config.patch(activation_memory_budget=share):
+            work.model = torch.compile(plain)  # type: ignore[assignment]
+            bench.step()
+            bench.step()
+            return {"peak_gb": bench.peak() / 1e9, "seconds": min(bench.seconds() for _ in range(4))}
+    except Exception as e:
+        return {"failed": f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"}
+    finally:
+        work.model = plain
+
+
+def measured(name: str, bench: Bench, shares: list[float], rounds: int, knob: bool) -> dict[str, Any]:
+    """All rows of one model."""
+    planner = bench.planner
+    bench.step()
+    everything = bench.peak()
+    alive = planner.alive_bytes
+    uniform: dict[int, int] = {}
+    for interval in (1, 2, 3, 4, 6, 8, 12):
+        with checkpoint_every(bench.model, interval):
+            uniform[interval] = bench.peak()
+    rows = []
+    for share in shares:
+        limit = alive + share * (everything - alive)
+        began = time.perf_counter()
+        try:
+            plan = planner.plan(limit / 1e9)
+        except ConfigError as e:
+            rows.append({"share": share, "limit_gb": limit / 1e9, "refused": str(e)})
+            print(name, rows[-1], flush=True)
+            continue
+        took = time.perf_counter() - began
+        ways: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+            "keep": contextlib.nullcontext, "plan": lambda plan=plan: plan.applied(bench.model),
+        }  # fmt: skip
+        fit = [interval for interval, peak in uniform.items() if peak <= limit]
+        ways |= {f"every {k}": lambda k=k: checkpoint_every(bench.model, k) for k in fit}
+        with plan.applied(bench.model):
+            real = bench.peak()
+        times = fastest(bench, ways, rounds)
+        rivals = {key: value for key, value in times.items() if key.startswith("every")}
+        best = min(rivals, key=rivals.__getitem__, default=None)
+        if everything <= limit and (best is None or times["keep"] < rivals[best]):
+            best, rivals["keep"] = "keep", times["keep"]
+        rows.append({
+            "share": share, "limit_gb": limit / 1e9, "predicted_gb": plan.predicted_peak_bytes / 1e9,
+            "real_gb": real / 1e9, "kept": real <= limit, "error": plan.predicted_peak_bytes / real - 1, "plan_seconds": took,
+            "time": times["plan"] / times["keep"], "predicted_time": 1 + plan.extra_seconds / times["keep"],
+            "best_uniform": best, "best_uniform_time": None if best is None else rivals[best] / times["keep"],
+            "what": plan.report.notes[0],
+        })  # fmt: skip
+        if knob:
+            found = torch_knob(bench, share)
+            rows[-1]["torch_budget"] = (
+                {**found, "time": found["seconds"] / times["keep"]} if "seconds" in found else found
+            )
+        print(name, json.dumps(rows[-1]), flush=True)
+    return {"alive_gb": alive / 1e9, "everything_gb": everything / 1e9, "rows": rows}
+
+
+def same_gradients(bench: Bench, shares: list[float]) -> dict[str, bool]:
+    """Whether gradients under plans are those of the plain model, to the bit, on deterministic kernels."""
+    planner, found = bench.planner, {}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        plain = bench.gradients()
+        for share in shares:
+            limit = planner.alive_bytes + share * (planner.unconstrained_bytes - planner.alive_bytes)
+            if limit >= planner.minimum_bytes:
+                with planner.plan(limit / 1e9).applied(bench.model):
+                    mine = bench.gradients()
+                found[f"{share:g}"] = all(torch.equal(a, b) for a, b in zip(plain, mine, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows for people."""
+    lines = []
+    for name, result in results.items():
+        most, alive = result["everything_gb"], result["alive_gb"]
+        lines.append(f"\n{name}: keeping everything takes {most:.3f} GB, {alive:.3f} of them no activations")
+        head = ("share", "limit", "predicted", "real", "time", "best uniform", "torch: peak, time")
+        lines.append(" ".join(f"{word:>{width}}" for word, width in zip(head, WIDTHS, strict=True)))
+        for row in result["rows"]:
+            if "refused" in row:
+                lines.append(f"{row['share']:>6} {row['limit_gb']:>8.3f} refused: below the minimum")
+                continue
+            best = "-" if row["best_uniform"] is None else f"{row['best_uniform']} {row['best_uniform_time']:.3f}"
+            knob = row.get("torch_budget", {})
+            theirs = f"{knob['peak_gb']:.3f}, {knob['time']:.3f}" if "time" in knob else "-"
+            numbers = [row[key] for key in ("limit_gb", "predicted_gb", "real_gb", "time")]
+            cells = (row["share"], *(f"{number:.3f}" for number in numbers), best, theirs)
+            lines.append(" ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark; gives the exit code, 1 if a promise was broken."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/training memory", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--shares", default=",".join(str(s) for s in SHARES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--torch-knob", action="store_true", help="also torch's activation_memory_budget (compiles)")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    shares = [float(s) for s in options.shares.split(",")]
+    results: dict[str, Any] = {}
+    for name, case in cases(device).items():
+        if options.only and name not in options.only.split(","):
+            continue
+        began = time.perf_counter()
+        bench = Bench(case, device)
+        profiled = time.perf_counter() - began
+        results[name] = measured(name, bench, shares, options.rounds, options.torch_knob)
+        results[name] |= {"profile_seconds": profiled, "same_gradients": same_gradients(bench, shares)}
+        atomic.write_json(options.out, {"about": about(str(device)), "results": results})
+        del bench
+        gc.collect()
+    print(table(results))
+    rows = [row for result in results.values() for row in result["rows"] if "refused" not in row]
+    return int(not all(row["kept"] for row in rows))
