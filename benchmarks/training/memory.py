@@ -261,7 +261,8 @@ def measured(name: str, bench: Bench, shares: list[float], rounds: int, knob: bo
             best, rivals["keep"] = "keep", times["keep"]
         rows.append({
             "share": share, "limit_gb": limit / 1e9, "predicted_gb": plan.predicted_peak_bytes / 1e9,
-            "real_gb": real / 1e9, "kept": real <= limit, "error": plan.predicted_peak_bytes / real - 1, "plan_seconds": took,
+            "real_gb": real / 1e9, "kept": real <= limit, "error": plan.predicted_peak_bytes / real - 1,
+            "plan_seconds": took,
             "time": times["plan"] / times["keep"], "predicted_time": 1 + plan.extra_seconds / times["keep"],
             "best_uniform": best, "best_uniform_time": None if best is None else rivals[best] / times["keep"],
             "what": plan.report.notes[0],

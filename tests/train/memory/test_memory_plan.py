@@ -164,6 +164,9 @@ def test_optimizer_state_and_earlier_gradients_are_counted():
 
     with plan.applied(model):
         assert measured_peak(two_steps, held=work.alive()) <= plan.budget_bytes
+    # The state is there now, and is not counted twice.
+    again = adding.plan(plan.budget_bytes * 0.999 / 1e9)
+    assert again.measured_peak_bytes == pytest.approx(plan.measured_peak_bytes, rel=0.1)
 
 
 # The compiler's own warnings are not ours.

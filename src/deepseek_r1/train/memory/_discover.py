@@ -20,7 +20,7 @@ from .._step import autocast
 from ._apply import buffers_of
 from ._intercept import Interception
 from ._meter import storage_bytes
-from ._region import dropped, version
+from ._region import changed, copied, dropped, version
 from ._units import structure
 from ._workload import Workload
 
@@ -107,8 +107,8 @@ def discover(workload: Workload, modules: Mapping[str, nn.Module]) -> tuple[list
         _forward(workload)
     if not watch.calls:
         raise InputError(
-            f"no block of {type(workload.model).__name__} was called with gradients on (its blocks: {list(modules)[:5]}). "
-            "Memory is planned for models whose parts are called as modules."
+            f"no block of {type(workload.model).__name__} was called with gradients on (its blocks: "
+            f"{list(modules)[:5]}). Memory is planned for models whose parts are called as modules."
         )
     used = Counter(
         id(tensor)
@@ -140,12 +140,11 @@ def _observe(
         if isinstance(leaf, Tensor) and any(leaf is known and version(leaf) == seen for known, seen in watch.last)
     )  # fmt: skip
     opaque = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))})
-    before = [] if name in watch.buffers else [(m, b, m._buffers[b].clone()) for m, b in buffers_of(module)]
+    before = [] if name in watch.buffers else copied(buffers_of(module))
     output = run(*args, **kwargs)
     if name not in watch.buffers:
         paths = {inner: path for path, inner in module.named_modules()}
-        changed = [(paths[m], b) for m, b, value in before if not torch.equal(m._buffers[b], value)]
-        watch.buffers[name] = tuple(changed)
+        watch.buffers[name] = tuple((paths[m], b) for m, b, _ in changed(before))
         watch.structures[name] = structure(module)
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     changes_input = any(version(tensor) != seen for tensor, seen in given)

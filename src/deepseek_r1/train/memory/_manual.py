@@ -116,8 +116,8 @@ def checkpoint_every(model: nn.Module, interval: int, *, compiled: bool = False)
 def checkpoint_recursively(model: nn.Module, *, compiled: bool = False) -> Checkpointed:
     """Recompute a chain of n blocks with about log2(n) of their inputs alive.
 
-    That takes about n/2 * log2(n) more forward passes of a block. Halves of the chain are recomputed when the backward pass reaches them, halves of halves within: for chains so
-    deep that even one input for each block is too much.
+    That takes about n/2 * log2(n) more forward passes of a block. Halves of the chain are recomputed when the backward
+    pass reaches them, halves of halves within: for chains so deep that even one input for each block is too much.
 
     Source: Griewank and Walther, "Revolve", ACM TOMS 26 (2000), in its simplest form (bisection).
 

@@ -136,7 +136,7 @@ def measured_peak(step: Callable[[], Any], device: torch.device | str = "cpu", h
             the allocator knows them).
 
     Example:
-        >>> measured_peak(lambda: torch.zeros(100) + 1)
+        >>> measured_peak(lambda: [torch.zeros(100), torch.zeros(100)])
         800
     """
     place = torch.device(device)

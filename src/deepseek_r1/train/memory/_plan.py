@@ -196,8 +196,8 @@ class MemoryPlanner:
         alive, least = self.alive_bytes / GB, self.minimum_bytes / GB
         return ConfigError(
             f"memory_gb={budget / GB:.4g} is less than a step of this model takes on this batch: at least {least:.4g} "
-            f"GB ({alive:.4g} GB of them parameters, gradients, optimizer state and the batch). Give that much, or lower "
-            "micro_batch_size."
+            f"GB ({alive:.4g} GB of them parameters, gradients, optimizer state and the batch). Give that much, or "
+            "lower micro_batch_size."
         )
 
     def _made(self, budget: int, solution: Solution, real: int, seconds: float) -> MemoryPlan:

@@ -53,8 +53,7 @@ class Profile:
     """A model's chain on one batch, measured.
 
     Attributes:
-        alive: bytes before the step; with gradients, and with the optimizer's state that does not exist yet.
-        pending: of them, what does not exist yet.
+        alive: bytes that no choice changes: with gradients, and with the optimizer's state that does not exist yet.
     """
 
     workload: Workload
@@ -63,7 +62,6 @@ class Profile:
     chain: Chain
     buffers: dict[str, Any]
     alive: int
-    pending: int
     compiled: bool = False
 
     def blocks(self, actions: tuple[Action, ...]) -> tuple[BlockPlan, ...]:
@@ -102,7 +100,9 @@ class Profile:
                 finally:
                     seconds = time.perf_counter() - began
                     intervals = meter.stop()
-        return [replace(i, live=i.live + self.pending, peak=i.peak + self.pending) for i in intervals], seconds
+        # The optimizer may have taken its first step since.
+        pending, _ = optimizer_bytes(workload.optimizer, workload.trainable())
+        return [replace(i, live=i.live + pending, peak=i.peak + pending) for i in intervals], seconds
 
 
 def profile(workload: Workload, *, offload: bool | None = None, compiled: bool = False) -> Profile:
@@ -117,6 +117,10 @@ def profile(workload: Workload, *, offload: bool | None = None, compiled: bool =
         units, buffers = discover(workload, modules)
         measure = _Measurement(workload, units, workload.device.type == "cuda" if offload is None else offload)
         plans = tuple(_base_plan(index, unit) for index, unit in enumerate(units))
+        if compiled or _compiled_modules(modules):
+            # What compiling allocates is no step's.
+            with Applied(workload.model, plans, buffers=buffers, compiled=compiled):
+                workload.run()
         workload.clear()
         measure.meter = Meter(workload.device, _static(workload))
         with Applied(
@@ -139,7 +143,11 @@ def profile(workload: Workload, *, offload: bool | None = None, compiled: bool =
     # Whatever is alive: parameters, batch, and on CUDA all that this process has on the device.
     alive = before + gradients + missing
     chain = measure.chain(intervals, missing, alive + transient)
-    return Profile(workload, units, measure.kinds, chain, buffers, alive, missing, compiled)
+    return Profile(workload, units, measure.kinds, chain, buffers, alive, compiled)
+
+
+def _compiled_modules(modules: dict[str, nn.Module]) -> list[Any]:
+    return [m for m in modules.values() if m.__dict__.get("_compiled_call_impl") is not None or hasattr(m, "_orig_mod")]
 
 
 def _base_plan(index: int, unit: Unit) -> BlockPlan:

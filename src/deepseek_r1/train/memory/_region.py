@@ -72,8 +72,7 @@ class _Call:
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
             for kind in ("cpu", "cuda")
         ]
-        self.buffers = [(m, name, m._buffers[name]) for m, name in buffers if m._buffers.get(name) is not None]
-        self.buffers = [(m, name, value.clone()) for m, name, value in self.buffers if value is not None]
+        self.buffers = copied(buffers)
         self.versions = [version(leaf) for leaf in inputs]
         self.outputs: list[tuple[weakref.ref[Tensor], int] | None] = []
         self.wants_grad: list[bool] = []
@@ -107,7 +106,8 @@ class _Group:
     def __init__(self, contexts: tuple[Any, Any] | None) -> None:
         self.calls: list[int] = []
         self.holders: list[weakref.ref[_Holder]] = []
-        self.forward, self.again = contexts if contexts is not None else (None, None)
+        self.forward: Any = contexts[0] if contexts is not None else None
+        self.again: Any = contexts[1] if contexts is not None else None
 
 
 @contextlib.contextmanager
@@ -185,7 +185,7 @@ class Region:
     def keep_changed_buffers(self) -> list[tuple[nn.Module, str]]:
         """Of the last call's buffers, forget the copies of those that the call did not change; gives the others."""
         call = self._calls[-1]
-        call.buffers = [entry for entry in call.buffers if not torch.equal(entry[0]._buffers[entry[1]], entry[2])]
+        call.buffers = changed(call.buffers)
         return [(module, name) for module, name, _ in call.buffers]
 
     def inputs(self, places: Sequence[int]) -> list[Tensor]:
@@ -371,6 +371,19 @@ def _differs(how: str) -> InputError:
         f"a block did something else when it ran a second time ({how}). Blocks whose path or shapes depend on outside "
         "state (a cache that grows, a random choice outside torch) cannot be recomputed; leave them out of the budget."
     )
+
+
+def copied(buffers: Buffers) -> list[tuple[nn.Module, str, Tensor]]:
+    """Buffers with a copy of what they hold."""
+    found = ((module, name, module._buffers.get(name)) for module, name in buffers)
+    return [(module, name, value.clone()) for module, name, value in found if value is not None]
+
+
+def changed(copies: Sequence[tuple[nn.Module, str, Tensor]]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Of buffers with their copies, those that hold something else now."""
+    now = [(module._buffers[name], before) for module, name, before in copies]
+    same = [value is not None and torch.equal(value, before) for value, before in now]
+    return [entry for entry, kept in zip(copies, same, strict=True) if not kept]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from .._objective import Objective
 from .._step import accumulate
 from ._apply import buffers_of
 from ._meter import measured_peak, storage_bytes
-from ._region import preserved_rng_states
+from ._region import copied, preserved_rng_states
 
 _PROBE_SIDE = 64
 _PROBE_COUNT = 4
@@ -65,8 +65,8 @@ class Workload:
     def traceless(self) -> Iterator[None]:
         """Inside, steps may run; afterwards gradients, buffers and random generators are what they were."""
         gradients = [(p, p.grad) for p in self.model.parameters()]
-        buffers = [(m, name, m._buffers[name]) for m, name in buffers_of(self.model)]
-        buffers = [(m, name, own, own.clone()) for m, name, own in buffers]
+        copies = copied(buffers_of(self.model))
+        own = [module._buffers[name] for module, name, _ in copies]
         with preserved_rng_states(tensors((self.batch,))):
             try:
                 self.clear()
@@ -75,10 +75,10 @@ class Workload:
                 for parameter, gradient in gradients:
                     parameter.grad = gradient
                 with torch.no_grad():
-                    for module, name, own, value in buffers:
-                        if module._buffers[name] is not own or not torch.equal(own, value):
-                            own.copy_(value)
-                            module._buffers[name] = own
+                    for (module, name, before), buffer in zip(copies, own, strict=True):
+                        module._buffers[name] = buffer
+                        if buffer is not None and not torch.equal(buffer, before):
+                            buffer.copy_(before)
 
     def clear(self) -> None:
         """Gradients as a step finds them."""
