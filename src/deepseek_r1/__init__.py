@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from .train import AdamW8bit as AdamW8bit
     from .train import AdaptiveOptimizer as AdaptiveOptimizer
     from .train import DSCheckpoint as DSCheckpoint
+    from .train import DSOptimizer as DSOptimizer
     from .train import ElasticWeightConsolidation as ElasticWeightConsolidation
     from .train import Lion as Lion
     from .train import Trainer as Trainer

@@ -61,6 +61,7 @@ PUBLIC: dict[str, str] = {
     "DSCheckpoint": "deepseek_r1.train:DSCheckpoint",
     "DSDataLoader": "deepseek_r1.data:DSDataLoader",
     "DSModule": "deepseek_r1.module:DSModule",
+    "DSOptimizer": "deepseek_r1.train:DSOptimizer",
     "DSQuantizer": "deepseek_r1.quantization:DSQuantizer",
     "DeepSeekError": "deepseek_r1.core:DeepSeekError",
     "DomainAdapter": "deepseek_r1.data:DomainAdapter",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ._callbacks import Callback, EarlyStopping
 from ._checkpoint import CheckpointError
 from ._config import TrainingConfig, resolve
+from ._ds_optimizer import DSOptimizer, TrainingSetup
 from ._dscheckpoint import DSCheckpoint, PendingCheckpoint
 from ._ema import ExponentialMovingAverage
 from ._ewc import ElasticWeightConsolidation
@@ -27,6 +28,7 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "DSCheckpoint",
+    "DSOptimizer",
     "EarlyStopping",
     "ElasticWeightConsolidation",
     "ExponentialMovingAverage",
@@ -40,6 +42,7 @@ __all__ = [
     "Terminated",
     "Trainer",
     "TrainingConfig",
+    "TrainingSetup",
     "checkpoint_every",
     "checkpoint_recursively",
     "decay_groups",

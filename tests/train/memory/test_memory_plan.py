@@ -95,6 +95,31 @@ def test_statistics_of_batch_norms_count_a_batch_once():
     assert all(torch.equal(once[key], value) for key, value in model.state_dict().items())
 
 
+def test_blocks_of_which_the_first_is_not_linked_are_predicted_too():
+    class Summed(nn.Module):
+        """The first block's input is a sum, that of the others the output of the block before."""
+
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Embedding(40, 64), nn.Embedding(32, 64)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)) for _ in range(8)
+            )
+            self.head = nn.Linear(64, 40)
+
+        def forward(self, ids):
+            x = self.one(ids) + self.other(torch.arange(ids.shape[1]))
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x).transpose(1, 2)
+
+    torch.manual_seed(0)
+    model, ids = Summed(), torch.randint(0, 40, (32, 32))
+    planner = MemoryPlanner(model, (ids, ids))
+    real = measured_peak(planner.workload.run, held=planner.workload.alive())
+    assert planner.unconstrained_bytes == pytest.approx(real, rel=0.012)
+
+
 def test_no_uniform_way_is_faster_under_the_same_limit():
     torch.manual_seed(0)
     model, x, y = larger("transformer")

@@ -3,7 +3,10 @@
 import torch
 from torch import nn
 
+from deepseek_r1.train import AdamW
+from deepseek_r1.train.memory import measured_peak
 from deepseek_r1.train.memory._discover import MOST_UNITS, discover
+from deepseek_r1.train.memory._meter import storage_bytes
 from deepseek_r1.train.memory._units import find_blocks
 from deepseek_r1.train.memory._workload import Workload, optimizer_bytes
 
@@ -80,13 +83,19 @@ def test_an_optimizers_bytes_are_found_before_its_first_step():
     model = Twice()
     parameters = list(model.parameters())
     size = sum(p.nbytes for p in parameters)
-    adam = torch.optim.AdamW(parameters, foreach=False)
-    state, _ = optimizer_bytes(adam, parameters)
-    assert abs(state - 2 * size) <= 0.01 * size
-    assert optimizer_bytes(torch.optim.SGD(parameters), parameters)[0] == 0
-    assert abs(optimizer_bytes(torch.optim.SGD(parameters, momentum=0.9), parameters)[0] - size) <= 0.01 * size
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    adam.step()
-    assert optimizer_bytes(adam, parameters)[0] == 0
-    assert optimizer_bytes(torch.optim.AdamW(parameters, foreach=True), parameters)[1] > 0.5 * size
+    for kind, options, share in (
+        (torch.optim.AdamW, {"foreach": False}, 2), (AdamW, {}, 2), (torch.optim.SGD, {}, 0),
+        (torch.optim.SGD, {"momentum": 0.9}, 1),
+    ):  # fmt: skip
+        optimizer = kind(parameters, **options)
+        state, transient = optimizer_bytes(optimizer, parameters)
+        assert abs(state - share * size) <= 0.01 * size
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert optimizer_bytes(optimizer, parameters)[0] == 0 or not share
+        kept = [t for s in optimizer.state.values() for t in s.values() if t is not None]
+        held = [*parameters, *(p.grad for p in parameters), *kept]
+        real = measured_peak(optimizer.step, held=held) - storage_bytes(held)
+        assert abs(transient - real) <= 0.2 * size
+    assert optimizer_bytes(torch.optim.AdamW(parameters, foreach=True), parameters)[1] > 0.9 * size

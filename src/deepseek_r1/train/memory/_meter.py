@@ -7,6 +7,7 @@ used: it also has what the allocator keeps. Knows nothing about modules.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ class Meter:
     Args:
         device: whose memory.
         static: bytes alive before, which a CPU's recording cannot see.
+        clean: collect garbage first.
 
     Example:
         >>> meter = Meter(torch.device("cpu"))
@@ -52,8 +54,9 @@ class Meter:
         [('start', 0, 4000), ('later', 4000, 4000)]
     """
 
-    def __init__(self, device: torch.device, static: int = 0) -> None:
+    def __init__(self, device: torch.device, static: int = 0, *, clean: bool = True) -> None:
         self.device = device
+        self._clean = clean
         self._static = static
         self._labels: list[Any] = []
         self._intervals: list[Interval] = []
@@ -63,6 +66,9 @@ class Meter:
         """Begin with an interval labelled "start"."""
         self._labels = ["start"]
         self._intervals = []
+        # Garbage that is freed in the middle would look like memory that the step gives back.
+        if self._clean:
+            gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._live = torch.cuda.memory_allocated(self.device)
@@ -128,19 +134,22 @@ def _end_recording() -> Iterable[int | str]:
                 yield event.name()
 
 
-def measured_peak(step: Callable[[], Any], device: torch.device | str = "cpu", held: Iterable[Tensor] = ()) -> int:
+def measured_peak(
+    step: Callable[[], Any], device: torch.device | str = "cpu", held: Iterable[Tensor] = (), *, clean: bool = True
+) -> int:
     """The most bytes that are alive on a device while `step` runs.
 
     Args:
         held: tensors that are alive before; on a CPU their storages are added to what the step allocates (on CUDA
             the allocator knows them).
+        clean: collect garbage first, which otherwise may be freed, and subtracted, in the middle.
 
     Example:
         >>> measured_peak(lambda: [torch.zeros(100), torch.zeros(100)])
         800
     """
     place = torch.device(device)
-    meter = Meter(place, storage_bytes(held) if place.type == "cpu" else 0)
+    meter = Meter(place, storage_bytes(held) if place.type == "cpu" else 0, clean=clean)
     meter.start()
     try:
         step()

@@ -228,7 +228,7 @@ class _Measurement:
         with torch.enable_grad(), recorded() as saved:
             _, outputs = region.isolated(_caller((KEEP, frozenset())))
         own = [t.untyped_storage()._cdata for t in region.inputs(unit.calls[0].from_last)]
-        kind.holds_input = any(storage in saved for storage in own)
+        kind.holds_input = not own or any(storage in saved for storage in own)
         kind.holds_output = any(t.untyped_storage()._cdata in saved for t in outputs)
 
     def _selective_fits(self, unit: Unit, region: Region) -> bool:

@@ -189,8 +189,9 @@ class Region:
         return [(module, name) for module, name, _ in call.buffers]
 
     def inputs(self, places: Sequence[int]) -> list[Tensor]:
-        """Of the first call's inputs, as leaves of its arguments, those at these places."""
-        found = [self._calls[0].inputs[place] for place in places]
+        """The first call's inputs at these places (leaves of its arguments); without places, all with gradients."""
+        every = self._calls[0].inputs
+        found = [every[place] for place in places] or [t for t in every if isinstance(t, Tensor) and t.requires_grad]
         return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
     @property

@@ -6,6 +6,7 @@ Knows how a step is run, and what is alive around it (gradients, optimizer state
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ from ._apply import buffers_of
 from ._meter import measured_peak, storage_bytes
 from ._region import copied, preserved_rng_states
 
-_PROBE_SIDE = 64
-_PROBE_COUNT = 4
+#: Large enough for optimizers that keep the state of small tensors in another form.
+_PROBE_WIDTH = 128
 
 
 @dataclass
@@ -89,38 +90,56 @@ class Workload:
 def optimizer_bytes(optimizer: Optimizer | None, parameters: list[nn.Parameter]) -> tuple[int, int]:
     """Bytes of state that an optimizer will still make for these parameters, and what its update takes meanwhile.
 
-    Found by an update of the same kind on a few small parameters, and scaled up.
+    Found by updates of the same kind on a few small parameters, and scaled up: state with the parameters' bytes, what
+    an update takes with the bytes of all parameters, of the largest one, or not at all, as the small ones show.
     """
-    if optimizer is None or not parameters:
-        return 0, 0
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]} if optimizer else {}
     own = [p for p in parameters if id(p) in groups]
-    missing = [p for p in own if p not in optimizer.state]
-    if not own:
+    if optimizer is None or not own:
         return 0, 0
-    state, transient = _probe(optimizer, groups[id(own[0])], own[0])
-    return int(state * storage_bytes(missing)), int(transient * storage_bytes(own))
+    missing = [p for p in own if p not in optimizer.state]
+    group = groups[id(own[0])]
+    probes = [_probe(optimizer, group, own[0], count, rows) for count, rows in ((4, 128), (8, 128), (4, 256))]
+    if any(probe is None for probe in probes):
+        # An optimizer of a shape of its own: as large as Adam's state, with a copy of the parameters on top.
+        return 2 * storage_bytes(missing), storage_bytes(own)
+    (size, state, few), (_, _, many), (_, _, large) = (probe for probe in probes if probe is not None)
+    of_all = max(0.0, (many - few) / size)
+    of_largest = max(0.0, (large - few - of_all * size) / (size / 4))
+    largest = max(p.numel() * p.element_size() for p in own)
+    transient = few + of_all * (storage_bytes(own) - size) + of_largest * (largest - size / 4)
+    return int(state / size * storage_bytes(missing)), max(0, int(transient))
 
 
-def _probe(optimizer: Optimizer, group: dict[str, Any], like: nn.Parameter) -> tuple[float, float]:
-    """Bytes of state, and of an update's temporaries, for each byte of parameters."""
-    twins = [
-        nn.Parameter(torch.zeros(_PROBE_SIDE, _PROBE_SIDE, dtype=like.dtype, device=like.device))
-        for _ in range(_PROBE_COUNT)
-    ]
-    settings = {k: v for k, v in group.items() if k != "params" and k in optimizer.defaults}
+def _probe(
+    optimizer: Optimizer, group: dict[str, Any], like: nn.Parameter, count: int, rows: int
+) -> tuple[int, int, int] | None:
+    """Bytes of some parameters, of the state that an optimizer like this keeps for them, and of its update."""
+    twins = [nn.Parameter(torch.zeros(rows, _PROBE_WIDTH, dtype=like.dtype, device=like.device)) for _ in range(count)]
+    taken = _settings(type(optimizer))
+    settings = {k: v for k, v in group.items() if k in taken}
     try:
         twin = type(optimizer)(twins, **settings)
     except (TypeError, ValueError, RuntimeError):
-        # An optimizer of a shape of its own: as large as Adam's state, with a copy of the parameters on top.
-        return 2.0, 1.0
-    size = storage_bytes(twins)
+        return None
     for parameter in twins:
         parameter.grad = torch.zeros_like(parameter)
-    with torch.random.fork_rng(devices=[]):
+    with preserved_rng_states(twins):
         twin.step()
-    state = [t for s in twin.state.values() for t in tensors(dict(s)) if t.numel() > 1]
-    held = [*twins, *(p.grad for p in twins if p.grad is not None), *state]
-    before = torch.cuda.memory_allocated(like.device) if like.device.type == "cuda" else storage_bytes(held)
-    peak = measured_peak(twin.step, like.device, held)
-    return storage_bytes(state) / size, max(0, peak - before) / size
+        state = [t for s in twin.state.values() for t in tensors(dict(s)) if t.numel() > 1]
+        held = [*twins, *(p.grad for p in twins if p.grad is not None), *state]
+        before = torch.cuda.memory_allocated(like.device) if like.device.type == "cuda" else storage_bytes(held)
+        peak = measured_peak(twin.step, like.device, held, clean=False)
+    return storage_bytes(twins), storage_bytes(state), max(0, peak - before)
+
+
+def _settings(kind: type[Optimizer]) -> set[str]:
+    """What an optimizer's class can be given beside the parameters."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if "__init__" in base.__dict__:
+            parameters = inspect.signature(base.__dict__["__init__"]).parameters.values()
+            names |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    return names - {"self", "params"}
