@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -370,9 +370,10 @@ def _caller(way: tuple[str, frozenset[Operator]]) -> Callable[..., Any]:
     return call
 
 
+@cache
 def _copy_rate(device: torch.device) -> float:
     """Bytes a second from a device to page-locked memory, the slower of both ways."""
-    size = 1 << 26
+    size = 1 << 24
     there = torch.empty(size, dtype=torch.uint8, device=device)
     here = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     rates = []
