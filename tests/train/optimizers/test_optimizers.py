@@ -24,7 +24,7 @@ from deepseek_r1.train import (
     TrainingConfig,
     train_step,
 )
-from deepseek_r1.train._checkpoint import read_checkpoint, write_checkpoint
+from deepseek_r1.train._checkpoint import gather, read, write
 from deepseek_r1.train._device_step import device_step
 from deepseek_r1.train._optim import BY_NAME, make_optimizer
 from deepseek_r1.train._step import skips_on_device
@@ -153,8 +153,8 @@ def test_scaled_gradients_are_unscaled(make):
 @every
 def test_states_reload_exactly_through_a_checkpoint(make, tmp_path):
     params, optimizer = run(make, 3)
-    write_checkpoint(tmp_path / "c", {}, {"optimizer": optimizer.state_dict()}, 3)
-    state = read_checkpoint(tmp_path / "c")[1]["optimizer"]
+    write(tmp_path / "c", gather({}, {"optimizer": optimizer.state_dict()}, 3))
+    state = read(tmp_path / "c")[1]["optimizer"]
     copies = [nn.Parameter(p.detach().clone()) for p in params]
     resumed = make(copies)
     resumed.load_state_dict(state)
