@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # Sources without a build backend of their own get theirs pinned too.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: quickstart test tiny lint docs zoo tables clean
+.PHONY: quickstart test slow tiny lint docs zoo tables clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/deepseek-r1 run digits
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=1
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=1
+
+# Minutes each: all architectures, a hundred kills, every call of a save as a place to kill at.
+slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow --timeout 3600 -o faulthandler_timeout=3600
 
 tiny: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m tiny
