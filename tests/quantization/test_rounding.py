@@ -54,7 +54,7 @@ def test_weights_of_zeros_and_of_one_value():
     assert not values.any()
     assert torch.isfinite(scales).all()
     values, scales = quantize_weight(torch.full((1, 3), -2.5), INT8_WEIGHT, "mse")
-    torch.testing.assert_close(values * scales, torch.full((1, 3), -2.5))
+    torch.testing.assert_close(values * scales, torch.full((1, 3), -2.5), rtol=2**-11, atol=0)  # float16 has the scale
 
 
 class One(nn.Module):
