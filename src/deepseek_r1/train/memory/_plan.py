@@ -36,7 +36,8 @@ class MemoryPlan:
 
     Attributes:
         budget_bytes: the limit it was made for.
-        predicted_peak_bytes: most bytes alive on the device in a step, as computed before the step was tried.
+        predicted_peak_bytes: most bytes alive on the device in a step, as computed from measured blocks, or where trying
+            showed that to be wrong by more than 1 %, as corrected by that.
         measured_peak_bytes: the same, measured in a step under the plan.
         unconstrained_peak_bytes: what keeping everything takes (computed).
         minimum_bytes: the smallest limit that a plan was found for (computed).
@@ -157,6 +158,8 @@ class MemoryPlanner:
             solution = fastest(self._frontier, budget)
             if solution is None:
                 break
+            if any(entry[0].actions == solution.actions and entry[1] <= budget for entry in self._tried):
+                break
             intervals, seconds = self.profile.run(self.profile.blocks(solution.actions))
             real = max(self._chain.floor, *(interval.peak for interval in intervals))
             self._tried.append((solution, real, seconds))
@@ -169,6 +172,8 @@ class MemoryPlanner:
         if not within:
             raise self._too_small(budget)
         chosen, real, seconds = min(within, key=lambda entry: (entry[0].seconds, entry[1]))
+        if abs(chosen.peak - real) > _CLOSE * real:
+            chosen = replace(chosen, peak=real)
         made = self._made(budget, chosen, real, seconds)
         self._made_plans.append(made)
         return made
@@ -297,7 +302,7 @@ def _describe(plan: MemoryPlan, measured: Profile) -> None:
         how="after: one step under the plan, measured; before: everything kept, computed from measured blocks",
     )  # fmt: skip
     report.add("limit", plan.budget_bytes / GB, unit="GB")
-    report.add("predicted peak", plan.predicted_peak_bytes / GB, unit="GB", how="before the step was tried")
+    report.add("predicted peak", plan.predicted_peak_bytes / GB, unit="GB", how="measured blocks, corrected by trying")
     report.add("smallest limit possible", plan.minimum_bytes / GB, unit="GB", how="computed from measured blocks")
     report.add("not activations", plan.alive_bytes / GB, unit="GB", how="parameters, gradients, optimizer state, batch")
     plain = max(plan.step_seconds - plan.extra_seconds, 1e-9)
