@@ -36,6 +36,8 @@ class TrainingConfig:
             margin). A plan of what is kept, recomputed or offloaded is made at the first batch. None: no limit. The
             environment variable R1_MEMORY_OPTIMIZER=1 makes None mean "auto".
         checkpoint_interval: recompute the model's blocks in runs of so many, without a plan. None: nothing.
+        compress_activations: whether the plan for memory_gb may also store what blocks save in 8 bits, which is often
+            faster than recomputing, and rounds the gradients.
         compile: "blocks" runs each of the model's repeated blocks through `torch.compile`, True the whole model,
             False nothing; "auto": the blocks on a GPU, where they hold most of the model.
         cuda_graph: whether whole steps are recorded as CUDA graphs, one for each shape of batches, and replayed;
@@ -85,6 +87,7 @@ class TrainingConfig:
     precision: str = "auto"
     memory_gb: float | str | None = None
     checkpoint_interval: int | None = None
+    compress_activations: bool = False
     compile: bool | Literal["auto", "blocks"] = "auto"
     cuda_graph: bool | Literal["auto"] = "auto"
     device: str = "auto"
@@ -126,7 +129,7 @@ class TrainingConfig:
         self._one_of("schedule", SCHEDULES)
         self._one_of("early_stop_mode", ("min", "max"))
         self._later()
-        check_settings(self.memory_gb, self.checkpoint_interval)
+        check_settings(self.memory_gb, self.checkpoint_interval, self.compress_activations)
         if self.compile not in (True, False, "auto", "blocks"):
             self._refuse("compile", "True, False, 'blocks' or 'auto'")
         if self.cuda_graph not in (True, False, "auto"):

@@ -59,7 +59,8 @@ class Stepper:
         self.scaler = make_scaler(self._device, config.precision)
         self.memory = make_control(model, objective, optimizer, config)
         self._forward: Callable[..., Any] = torch.compile(model) if config.compile is True else model
-        self._may_compile, self._advice = may_compile, advice
+        # A plan for memory is made for the blocks as they are.
+        self._may_compile, self._advice = may_compile and self.memory is None, advice
         self._factor = 1.0
         self._first_batch: dict[int, int] = {}
         self._run: DeviceRun | None = None
@@ -146,6 +147,8 @@ class Stepper:
         }
         if self.memory is not None:
             self.memory.begin(window)
+            if self._run is not None and self._run.graphs is not None:
+                self._run.graphs.refused = self._run.graphs.refused or self.memory.why_not_recorded
         try:
             loss, samples, norm = self._taken(window, number)
         except ValueError as e:

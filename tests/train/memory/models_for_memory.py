@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+ATTENTION_DROPOUT = 0.1
+
 
 class Attention(nn.Module):
     def __init__(self, d: int, p: float) -> None:
@@ -18,7 +20,7 @@ class Attention(nn.Module):
     def forward(self, x):
         n, t, d = x.shape
         q, k, v = self.qkv(self.norm(x)).view(n, t, 3, 4, d // 4).permute(2, 0, 3, 1, 4)
-        a = F.dropout((q @ k.transpose(-1, -2) / (d // 4) ** 0.5).softmax(-1), 0.1, self.training) @ v
+        a = F.dropout((q @ k.transpose(-1, -2) / (d // 4) ** 0.5).softmax(-1), ATTENTION_DROPOUT, self.training) @ v
         x = x + self.out(a.transpose(1, 2).reshape(n, t, d))
         return x + self.mlp(x)
 

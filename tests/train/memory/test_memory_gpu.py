@@ -94,3 +94,36 @@ def test_the_trainer_stays_below_its_limit_from_the_first_step():
     torch.cuda.reset_peak_memory_stats()
     trainer.train(epochs=1)
     assert torch.cuda.max_memory_allocated() <= limit
+
+
+class Perceptron(torch.nn.Module):
+    """A block without random numbers, whose step can be recorded."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.norm, self.up, self.down = torch.nn.LayerNorm(d), torch.nn.Linear(d, 4 * d), torch.nn.Linear(4 * d, d)
+
+    def forward(self, x):
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("compile", [False, "blocks"])
+def test_steps_under_a_plan_are_recorded_and_keep_the_promise(compile):
+    batches = [(torch.randn(4096, 256), torch.randn(4096, 256)) for _ in range(6)]
+
+    def trained(**settings):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(Perceptron(256) for _ in range(8)))
+        config = TrainingConfig(device="cuda", precision="bf16", compile=compile, log_every=1, **settings)
+        trainer = Trainer(model, batches, lr=1e-3, config=config)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        report = trainer.train(epochs=1)
+        return torch.cuda.max_memory_allocated(), [p.detach().clone() for p in model.parameters()], str(report)
+
+    everything, expected, _ = trained()
+    limit = 0.7 * everything
+    peak, found, report = trained(memory_gb=limit / 1e9)
+    assert peak <= limit
+    assert "whole steps, for 1 shape(s)" in report
+    assert all(torch.allclose(a, b, rtol=0.02, atol=2e-3) for a, b in zip(expected, found, strict=True))

@@ -8,11 +8,12 @@ from torch import nn
 
 from deepseek_r1.core import ConfigError, InputError
 from deepseek_r1.train import MemoryPlanner, plan_memory
-from deepseek_r1.train.memory import measured_peak
+from deepseek_r1.train.memory import _partial, measured_peak
 from deepseek_r1.train.memory._meter import storage_bytes
 from deepseek_r1.train.memory._plan import automatic_budget
 from deepseek_r1.train.memory._solver import uniform
 
+from . import models_for_memory
 from .models_for_memory import NAMES, Transformer, cases, stack
 
 SHARES = (1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35)
@@ -214,6 +215,54 @@ def test_autocast_and_compiled_blocks():
             model.zero_grad()
             assert measured_peak(step, held=planner.workload.alive()) <= plan.budget_bytes
         assert all(torch.allclose(a, b, rtol=0.02, atol=1e-3) for a, b in zip(plain, found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_blocks_may_save_a_share(monkeypatch):
+    monkeypatch.setattr(_partial, "_COMPILER", "aot_eager")
+    torch.manual_seed(0)
+    model, x, y = larger("transformer")
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    drawing = MemoryPlanner(model, (x, y), shares=(0.5,))
+    assert not any("partial" in c.name for block in drawing.profile.chain.blocks for c in block.choices)
+    assert "other random numbers" in str(drawing.plan(1).report)
+
+    monkeypatch.setattr(models_for_memory, "ATTENTION_DROPOUT", 0.0)
+    for block in model.blocks:
+        block.mlp[4].p = 0.0
+    planner = MemoryPlanner(model, (x, y), shares=(0.6, 0.3))
+    choices = {c.name: c for block in planner.profile.chain.blocks for c in block.choices if len(block.choices) > 2}
+    assert set(choices) == {"keep", "recompute", "partial 0.6", "partial 0.3"}
+    assert choices["keep"].held > choices["partial 0.6"].held > choices["partial 0.3"].held > 0
+    for choice in ("partial 0.6", "partial 0.3"):
+        assert choices[choice].seconds < 1, "what compiling takes is left out"
+    step = one_step(planner)
+    plain = gradients(planner, step)
+    seen = set()
+    low, high = planner.minimum_bytes, planner.unconstrained_bytes
+    for k in range(4):
+        plan = planner.plan((low + (high - low) * (k + 0.5) / 4) / 1e9)
+        seen |= {b.action for b in plan.blocks}
+        with plan.applied(model):
+            found = gradients(planner, step)
+            model.zero_grad()
+            assert measured_peak(step, held=planner.workload.alive()) <= plan.budget_bytes
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(plain, found, strict=True))
+    assert "partial" in seen
+
+
+def test_a_plan_says_why_its_steps_cannot_be_recorded():
+    torch.manual_seed(0)
+    model, x, y = larger("transformer")
+    planner = MemoryPlanner(model, (x, y))
+    assert planner.plan(1).why_not_recorded == ""
+    assert "random" in planner.plan(planner.minimum_bytes * 1.05 / 1e9).why_not_recorded
+    still = stack()
+    planner = MemoryPlanner(still, (torch.randn(256, 32), torch.randn(256, 1)))
+    plan = planner.plan(planner.minimum_bytes * 1.01 / 1e9)
+    assert any(block.action == "recompute" for block in plan.blocks)
+    assert plan.why_not_recorded == ""
 
 
 @pytest.mark.slow

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...core import InputError
+from ._compress import compressed
 from ._intercept import Interception
 from ._meter import Meter
 from ._offload import Offloader
+from ._partial import partial_form
 from ._region import TOGETHER, Region
 from ._selective import Operator, contexts
 
-KEEP, RECOMPUTE, SELECTIVE, OFFLOAD = "keep", "recompute", "selective", "offload"
+KEEP, RECOMPUTE, SELECTIVE, PARTIAL = "keep", "recompute", "selective", "partial"
+OFFLOAD, COMPRESS = "offload", "compress"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +34,13 @@ class BlockPlan:
     Attributes:
         modules: names of the modules that make up the block, in the order of their calls.
         calls: for each module, which of its calls in one forward pass this is, from 0.
-        action: "keep", "recompute", "selective" (recomputed but for some operators' outputs) or "offload".
+        action: "keep", "recompute", "selective" (recomputed but for some operators' outputs), "partial" (a compiled
+            block that saves a share), "offload" or "compress" (saved in 8 bits).
         run: blocks with the same number are recomputed together, from the input of the first.
         mode: how a run of several blocks is computed again: "together", "each" or "tree".
         kept_operators: those of a "selective" block.
+        share: of what a "partial" block would save.
+        draws: whether it drew random numbers when it was measured.
     """
 
     modules: tuple[str, ...]
@@ -43,6 +49,8 @@ class BlockPlan:
     run: int = 0
     mode: str = TOGETHER
     kept_operators: tuple[Operator, ...] = ()
+    share: float = 1.0
+    draws: bool = False
 
 
 class Applied:
@@ -77,6 +85,7 @@ class Applied:
                 self._buffers[name] = [(_module(self._modules[name], path), buffer) for path, buffer in inner]
         self._next: Counter[str] = Counter()
         self._open: dict[int, Region] = {}
+        self._forms: dict[tuple[str, float], Callable[..., Any]] = {}
         self._offloader = Offloader()
         self._inside = False
         self._interception = [Interception(self._modules, self._handle, compiled=compiled)]
@@ -135,6 +144,10 @@ class Applied:
             return run(*args, **kwargs)
         if block.action == OFFLOAD:
             return self._offloader.call(run, args, kwargs)
+        if block.action == COMPRESS:
+            return compressed(run, args, kwargs)
+        if block.action == PARTIAL:
+            return self._partial(name, block.share, run)(*args, **kwargs)
         region = self._open.get(block.run)
         if region is None:
             kept = contexts(frozenset(block.kept_operators)) if block.action == SELECTIVE else None
@@ -145,6 +158,11 @@ class Applied:
         if known is None:
             self._buffers[name] = region.keep_changed_buffers()
         return output
+
+    def _partial(self, name: str, share: float, run: Callable[..., Any]) -> Callable[..., Any]:
+        if (name, share) not in self._forms:
+            self._forms[name, share] = partial_form(run, share)
+        return self._forms[name, share]
 
     def _end_block(self, index: int, output: Any) -> None:
         block = self._blocks[index]

@@ -18,6 +18,7 @@ from .._objective import Objective
 from ._apply import Applied
 from ._manual import Checkpointed, checkpoint_every
 from ._plan import MemoryPlan, MemoryPlanner, summary
+from ._profile import SHARES
 
 if TYPE_CHECKING:
     from .._config import TrainingConfig
@@ -47,6 +48,8 @@ class MemoryControl:
         self._device, self._precision = torch.device(config.device), config.precision
         self._memory_gb, self._interval = config.memory_gb, config.checkpoint_interval
         self._micro = config.micro_batch_size
+        self._compress = config.compress_activations
+        self._shares = SHARES if config.compile == "blocks" else ()
         self._applied: Applied | Checkpointed | None = None
 
     def begin(self, window: Sequence[Any]) -> None:
@@ -80,7 +83,8 @@ class MemoryControl:
         planner = MemoryPlanner(
             self._model, (inputs, labels) if labels is not None else (inputs,), self._objective, device=self._device,
             precision=self._precision, optimizer=self._optimizer,
-            accumulates=len(parts) > 1 or size < sizes[largest],
+            accumulates=len(parts) > 1 or size < sizes[largest], shares=self._shares,
+            compress=self._compress,
         )  # fmt: skip
         return planner.plan(self._memory_gb)
 
@@ -89,6 +93,11 @@ class MemoryControl:
         if self._applied is not None:
             self._applied.remove()
             self._applied = None
+
+    @property
+    def why_not_recorded(self) -> str:
+        """Why steps cannot be recorded as CUDA graphs; empty if they can."""
+        return "blocks are recomputed at a fixed interval" if self.plan is None else self.plan.why_not_recorded
 
     @property
     def report(self) -> Report | None:

@@ -10,14 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 _PLACE = "_compiled_call_impl"
-#: Compiled once for all plans of a model, which are put on and taken off.
-_COMPILED: WeakKeyDictionary[nn.Module, Callable[..., Any]] = WeakKeyDictionary()
 #: Given a name, the module's own call and its arguments.
 Handler = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -43,7 +40,8 @@ class Interception:
             self._before.append((module, there, own))
             run = own if own is not None else module._call_impl
             if compiled and own is None and next(module.children(), None) is not None:
-                run = _COMPILED.setdefault(module, torch.compile(run))
+                # What was compiled is kept with the code: a plan put on again finds it.
+                run = torch.compile(run)
             # Past the module's own __setattr__: a compiled module passes attributes on to the one inside.
             module.__dict__[_PLACE] = _wrapper(handler, name, run)
 

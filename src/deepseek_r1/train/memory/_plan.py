@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from ...core import ConfigError, InputError, Report, probe
 from ...data._batch import to_device
 from .._objective import LossFunction, Objective
-from ._apply import KEEP, RECOMPUTE, Applied, BlockPlan
-from ._profile import Profile, profile
+from ._apply import COMPRESS, KEEP, OFFLOAD, PARTIAL, RECOMPUTE, Applied, BlockPlan
+from ._profile import SHARES, Profile, profile
 from ._solver import Chain, Solution, fastest, frontier
 from ._workload import Workload
 
@@ -36,8 +36,8 @@ class MemoryPlan:
 
     Attributes:
         budget_bytes: the limit it was made for.
-        predicted_peak_bytes: most bytes alive on the device in a step, as computed from measured blocks, or where trying
-            showed that to be wrong by more than 1 %, as corrected by that.
+        predicted_peak_bytes: most bytes alive on the device in a step, as computed from measured blocks, or, where
+            trying showed that to be wrong by more than 1 %, as corrected by that.
         measured_peak_bytes: the same, measured in a step under the plan.
         unconstrained_peak_bytes: what keeping everything takes (computed).
         minimum_bytes: the smallest limit that a plan was found for (computed).
@@ -64,6 +64,16 @@ class MemoryPlan:
     compiled: bool = False
     report: Report = field(repr=False, compare=False)
 
+    @property
+    def why_not_recorded(self) -> str:
+        """Why a step under this plan cannot be recorded as a CUDA graph; empty if it can."""
+        if any(block.action == OFFLOAD for block in self.blocks):
+            return "copies to CPU memory are in the step"
+        again = [block for block in self.blocks if block.action not in (KEEP, PARTIAL, COMPRESS)]
+        if any(block.draws for block in again):
+            return "recomputing puts the random generators back, which a recording cannot hold"
+        return ""
+
     def applied(self, model: nn.Module) -> Applied:
         """The model with this plan in force inside a `with` block, or until `.remove()` is called on the result.
 
@@ -81,7 +91,10 @@ class MemoryPlanner:
     Plans of one planner are monotone: a smaller limit never has a higher peak, a larger one never a slower step.
 
     Args:
-        model, batch, objective, device, precision, optimizer, accumulates, offload, compiled: see `plan_memory`.
+        model, batch, objective, device, precision, optimizer, accumulates, offload, compiled, compress: see
+            `plan_memory`.
+        shares: of what blocks compiled by inductor save by themselves, that are tried (torch's
+            `activation_memory_budget`, one for each block). None: 0.7 and 0.4 if `compiled`, else none.
 
     Example:
         >>> net = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(6)))
@@ -103,6 +116,8 @@ class MemoryPlanner:
         accumulates: bool = False,
         offload: bool | None = None,
         compiled: bool = False,
+        shares: Sequence[float] | None = None,
+        compress: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"plan_memory(model={type(model).__name__}): an nn.Module is needed.")
@@ -117,7 +132,10 @@ class MemoryPlanner:
         goal = objective if isinstance(objective, Objective) else Objective(model, objective)
         self.workload = Workload(model, goal, to_device(batch, place), place, precision, optimizer, accumulates)
         was = [(module, module.training) for module in model.modules()]
-        self.profile: Profile = profile(self.workload, offload=offload, compiled=compiled)
+        tried = (SHARES if compiled else ()) if shares is None else shares
+        self.profile: Profile = profile(
+            self.workload, offload=offload, compiled=compiled, shares=tried, compress=compress
+        )
         assert all(module.training is before for module, before in was), "measuring leaves modes alone"
         self._chain = self.profile.chain
         self._frontier = frontier(self._chain)
@@ -229,6 +247,7 @@ def plan_memory(
     accumulates: bool = False,
     offload: bool | None = None,
     compiled: bool = False,
+    compress: bool = False,
 ) -> MemoryPlan:
     """Choose what each block keeps, recomputes or offloads, so that a training step stays below a limit.
 
@@ -249,6 +268,7 @@ def plan_memory(
         accumulates: gradients of earlier micro-batches are there (several micro-batches for a step).
         offload: whether blocks may be offloaded to page-locked CPU memory. None: on CUDA.
         compiled: run blocks through `torch.compile`. Blocks that are compiled already stay so either way.
+        compress: whether blocks may save in 8 bits, after which gradients are rounded.
 
     Raises:
         ConfigError: the limit is less than the minimum, which the message gives, or no number.
@@ -266,7 +286,7 @@ def plan_memory(
     """
     planner = MemoryPlanner(
         model, batch, objective, device=device, precision=precision, optimizer=optimizer, accumulates=accumulates,
-        offload=offload, compiled=compiled,
+        offload=offload, compiled=compiled, compress=compress,
     )  # fmt: skip
     return planner.plan(budget_gb)
 
@@ -312,6 +332,8 @@ def _describe(plan: MemoryPlan, measured: Profile) -> None:
     )  # fmt: skip
     report.check("the measured peak is below the limit", plan.measured_peak_bytes <= plan.budget_bytes)
     report.note(summary(plan))
+    if any(block.action == COMPRESS for block in plan.blocks):
+        report.note("blocks that compress save in 8 bits: gradients are rounded")
     for unit in measured.units:
         if unit.why:
             report.skip(f"recomputing {unit.name}", unit.why)

@@ -6,18 +6,21 @@ block: whatever limit a plan is to meet, making it does not break it. Knows no l
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ._apply import KEEP, OFFLOAD, RECOMPUTE, SELECTIVE, Applied, BlockPlan
+from ._apply import COMPRESS, KEEP, OFFLOAD, PARTIAL, RECOMPUTE, SELECTIVE, Applied, BlockPlan
+from ._compress import compressed
 from ._discover import Unit, discover
 from ._meter import Interval, Meter, storage_bytes
+from ._partial import partial_form
 from ._region import EACH, TOGETHER, Buffers, Region, preserved_rng_states, recorded
 from ._selective import Operator, contexts, operator_sets
 from ._solver import RUN, SINGLE, Action, Block, Chain, Choice
@@ -27,6 +30,16 @@ from ._workload import Workload, optimizer_bytes
 _TIMES = 4
 #: Seconds for measuring all kinds of blocks; each way of each kind is run at least once.
 _PATIENCE = 5.0
+#: Shares of what compiled blocks save by themselves that are tried, where blocks are compiled by inductor.
+SHARES = (0.7, 0.4)
+
+
+class _Way(NamedTuple):
+    """How a unit is run: an action with the operators that it keeps, or the share that it saves."""
+
+    action: str
+    kept: frozenset[Operator] = frozenset()
+    share: float = 1.0
 
 
 @dataclass
@@ -34,11 +47,15 @@ class _Kind:
     """What was measured of one kind of unit by itself.
 
     Attributes:
-        ways: name -> operators kept; the order is that of the solver's choices.
+        number: kinds are counted in the order of their first units.
+        draws: whether it drew random numbers.
+        ways: by name; the order is that of the solver's choices.
         seconds: name -> (forward, forward and backward).
     """
 
-    ways: dict[str, tuple[str, frozenset[Operator]]] = field(default_factory=dict)
+    number: int
+    draws: bool
+    ways: dict[str, _Way] = field(default_factory=dict)
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     #: name -> bytes (held with its output, forward peak, backward peak) above those before it ran.
     nbytes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -70,20 +87,20 @@ class Profile:
         for action in actions:
             for index in range(action.first, action.last + 1):
                 calls = self.units[index].calls
+                kind = self.kinds.get(self.units[index].kind)
                 named: dict[str, Any] = {
                     "modules": tuple(c.name for c in calls), "calls": tuple(c.number for c in calls),
-                    "run": action.first,
+                    "run": action.first, "draws": kind is not None and kind.draws,
                 }  # fmt: skip
                 if action.kind != SINGLE:
                     mode = TOGETHER if action.kind == RUN else EACH
                     plans.append(BlockPlan(**named, action=RECOMPUTE, mode=mode))
                     continue
-                way, kept = KEEP, frozenset[Operator]()
-                kind = self.kinds.get(self.units[index].kind)
+                way = _Way(KEEP)
                 if self.units[index].fit and kind is not None:
-                    name = self.chain.blocks[index].choices[action.choice].name
-                    way, kept = kind.ways[name]
-                plans.append(BlockPlan(**named, action=way, kept_operators=tuple(sorted(kept))))
+                    way = kind.ways[self.chain.blocks[index].choices[action.choice].name]
+                kept = tuple(sorted(way.kept))
+                plans.append(BlockPlan(**named, action=way.action, kept_operators=kept, share=way.share))
         return tuple(plans)
 
     def run(self, blocks: tuple[BlockPlan, ...]) -> tuple[list[Interval], float]:
@@ -105,17 +122,27 @@ class Profile:
         return [replace(i, live=i.live + pending, peak=i.peak + pending) for i in intervals], seconds
 
 
-def profile(workload: Workload, *, offload: bool | None = None, compiled: bool = False) -> Profile:
+def profile(
+    workload: Workload,
+    *,
+    offload: bool | None = None,
+    compiled: bool = False,
+    shares: Sequence[float] = (),
+    compress: bool = False,
+) -> Profile:
     """Measure a model's chain on a batch.
 
     Args:
         offload: whether blocks may be offloaded; None: on CUDA.
-        compiled: whether blocks run through `torch.compile`.
+        compiled: whether blocks are to be run through `torch.compile`.
+        shares: of what compiled blocks save by themselves, that are tried.
+        compress: whether blocks may save in 8 bits.
     """
     modules = find_blocks(workload.model)
     with workload.traceless():
         units, buffers = discover(workload, modules)
-        measure = _Measurement(workload, units, workload.device.type == "cuda" if offload is None else offload)
+        offloads = workload.device.type == "cuda" if offload is None else offload
+        measure = _Measurement(workload, units, offloads, shares, compress)
         plans = tuple(_base_plan(index, unit) for index, unit in enumerate(units))
         if compiled or _compiled_modules(modules):
             # What compiling allocates is no step's.
@@ -185,11 +212,13 @@ class _Measurement:
 
     meter: Meter
 
-    def __init__(self, workload: Workload, units: list[Unit], offload: bool) -> None:
+    def __init__(
+        self, workload: Workload, units: list[Unit], offload: bool, shares: Sequence[float], compress: bool
+    ) -> None:
         self.workload, self.units, self.offload = workload, units, offload
+        self.shares, self.compress = shares, compress
         self.device = workload.device
         self.kinds: dict[tuple[Any, ...], _Kind] = {}
-        self._number: dict[tuple[Any, ...], int] = {}
         self._kinds = len({unit.kind for unit in units if unit.fit})
         self._left = _PATIENCE
 
@@ -197,8 +226,7 @@ class _Measurement:
         unit = self.units[index]
         if region is None or unit.kind in self.kinds or not unit.fit:
             return
-        self._number[unit.kind] = len(self.kinds)
-        kind = self.kinds[unit.kind] = _Kind()
+        kind = self.kinds[unit.kind] = _Kind(len(self.kinds), region.draws)
         self.meter.mark("aside")
         modules = [self.workload.model.get_submodule(call.name) for call in unit.calls]
         parameters = list({id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values())
@@ -207,26 +235,38 @@ class _Measurement:
         self.meter.mark(("gap", index))
 
     def _ways(self, kind: _Kind, unit: Unit, region: Region, parameters: list[nn.Parameter]) -> None:
-        kind.ways = {KEEP: (KEEP, frozenset()), RECOMPUTE: (RECOMPUTE, frozenset())}
+        kind.ways = {KEEP: _Way(KEEP), RECOMPUTE: _Way(RECOMPUTE)}
         began = time.perf_counter()
-        patience = self._left / max(1, self._kinds - self._number[unit.kind])
+        patience = self._left / max(1, self._kinds - kind.number)
         self._look(kind, unit, region)
         for name in (KEEP, RECOMPUTE):
-            self._measure(kind, unit, name, region, parameters, patience / 4)
+            self._measure(kind, name, region, parameters, patience / 4)
         if self._selective_fits(unit, region) and time.perf_counter() - began < patience:
             plain = partial(region.isolated, lambda run, args, kwargs, buffers, first: run(*args, **kwargs))
             for number, kept in enumerate(operator_sets(plain, self.device)):
                 name = f"{SELECTIVE} {number + 1}"
-                kind.ways[name] = (SELECTIVE, kept)
-                self._measure(kind, unit, name, region, parameters, patience / 8)
-                if name not in kind.nbytes:
-                    del kind.ways[name]
+                self._try(kind, name, _Way(SELECTIVE, kept), region, parameters, patience / 8)
+        if self.shares and region.compiled and kind.draws:
+            kind.refused[PARTIAL] = "the compiler would draw other random numbers the second time"
+        for share in self.shares if region.compiled and not kind.draws else ():
+            self._try(kind, f"{PARTIAL} {share:g}", _Way(PARTIAL, share=share), region, parameters, patience / 8)
+        if self.compress:
+            self._try(kind, COMPRESS, _Way(COMPRESS), region, parameters, patience / 8)
         self._left = max(0.0, self._left - (time.perf_counter() - began))
+
+    def _try(
+        self, kind: _Kind, name: str, way: _Way, region: Region, parameters: list[nn.Parameter], patience: float
+    ) -> None:
+        """Measure a way that may turn out not to work."""
+        kind.ways[name] = way
+        self._measure(kind, name, region, parameters, patience)
+        if name not in kind.nbytes:
+            del kind.ways[name]
 
     def _look(self, kind: _Kind, unit: Unit, region: Region) -> None:
         """See whether a unit that keeps everything keeps its input, and its output."""
         with torch.enable_grad(), recorded() as saved:
-            _, outputs = region.isolated(_caller((KEEP, frozenset())))
+            _, outputs = region.isolated(_caller(_Way(KEEP)))
         own = [t.untyped_storage()._cdata for t in region.inputs(unit.calls[0].from_last)]
         kind.holds_input = not own or any(storage in saved for storage in own)
         kind.holds_output = any(t.untyped_storage()._cdata in saved for t in outputs)
@@ -237,37 +277,38 @@ class _Measurement:
         compiled = any(hasattr(m, "_orig_mod") for m in modules) or region.compiled
         return not compiled and (len(modules) > 1 or next(modules[0].children(), None) is not None)
 
-    def _measure(
-        self, kind: _Kind, unit: Unit, name: str, region: Region, parameters: list[nn.Parameter], patience: float
-    ) -> None:
+    def _measure(self, kind: _Kind, name: str, region: Region, parameters: list[nn.Parameter], patience: float) -> None:
         """Run a unit by itself in one way, a few times."""
-        began = time.perf_counter()
-        number = self._number[unit.kind]
+        call = _caller(kind.ways[name])
         best: tuple[float, float] | None = None
+        began = time.perf_counter()
         for turn in range(_TIMES):
             try:
-                seconds = self._once(region, parameters, kind.ways[name], (number, name, turn))
-            except (RuntimeError, ValueError) as e:
+                seconds = self._once(region, parameters, call, (kind.number, name, turn))
+                if turn == 0 and kind.ways[name].action == PARTIAL:
+                    # The first turn compiled.
+                    began, seconds = time.perf_counter(), (math.inf, math.inf)
+            except Exception as e:  # the compiler has errors of many kinds
                 if name in (KEEP, RECOMPUTE) or isinstance(e, torch.OutOfMemoryError):
                     raise
                 kind.refused[name] = str(e).splitlines()[0]
                 return
             # The first turn finds caches cold; the fastest of all is what is left of noise.
             best = seconds if best is None else (min(best[0], seconds[0]), min(best[1], seconds[1]))
-            if time.perf_counter() - began > patience:
+            if math.isfinite(best[0]) and time.perf_counter() - began > patience:
                 break
         assert best is not None, "a way is measured at least once"
         kind.seconds[name] = best
         kind.nbytes[name] = (0, 0, 0)
 
     def _once(
-        self, region: Region, parameters: list[nn.Parameter], way: tuple[str, frozenset[Operator]], label: Any
+        self, region: Region, parameters: list[nn.Parameter], call: Callable[..., Any], label: Any
     ) -> tuple[float, float]:
         self.meter.mark(("before", label))
         _wait(self.device)
         began = time.perf_counter()
         with torch.enable_grad():
-            inputs, outputs = region.isolated(_caller(way))
+            inputs, outputs = region.isolated(call)
         _wait(self.device)
         forward = time.perf_counter() - began
         self.meter.mark(("held", label))
@@ -298,9 +339,9 @@ class _Measurement:
             forward, gap = peaks["forward", index], peaks["gap", index]
             backward = peaks.get(("backward", index), tail)
             choices, own, seconds = self._choices(unit)
-            if choices and self._frees_input(index):
-                # In the base its input is held for recomputing it.
-                choices = (replace(choices[0], held=choices[0].held - unit.boundary), *choices[1:])
+            # In the base its input is held for recomputing it.
+            free = [name for name in (KEEP, COMPRESS) if self._frees_input(index, name)]
+            choices = tuple(replace(c, held=c.held - unit.boundary) if c.name in free else c for c in choices)
             blocks.append(
                 Block(
                     forward_peak=forward.peak + pending, gap_peak=gap.peak + pending,
@@ -310,19 +351,21 @@ class _Measurement:
             )  # fmt: skip
         return Chain(tuple(blocks), max(floor, intervals[0].peak + pending))
 
-    def _frees_input(self, index: int) -> bool:
-        """Whether nobody holds a unit's input if the unit keeps everything that it saves."""
+    def _frees_input(self, index: int, name: str) -> bool:
+        """Whether nobody holds a unit's input if the unit keeps, or compresses, everything that it saves."""
         if not index or not self.units[index].linked:
             return False
         own, before = (self.kinds.get(self.units[k].kind) for k in (index, index - 1))
-        return own is not None and before is not None and not own.holds_input and not before.holds_output
+        if own is None or before is None or before.holds_output:
+            return False
+        return name == COMPRESS or not own.holds_input
 
     def _read_kinds(self, peaks: dict[Any, Interval]) -> None:
-        for key, kind in self.kinds.items():
+        for kind in self.kinds.values():
             for name in kind.nbytes:
                 found = []
                 for turn in range(_TIMES):
-                    label = (self._number[key], name, turn)
+                    label = (kind.number, name, turn)
                     if ("after", label) in peaks:
                         before, held, after = (peaks[stage, label] for stage in ("before", "held", "after"))
                         found.append((held.live - before.live, before.peak - before.live, after.peak - before.live))
@@ -348,7 +391,7 @@ class _Measurement:
 
     def _offloaded(self, kind: _Kind, keep: Choice) -> Choice:
         """The copies run beside the block's own passes; what they take longer is waited for."""
-        kind.ways[OFFLOAD] = (OFFLOAD, frozenset())
+        kind.ways[OFFLOAD] = _Way(OFFLOAD)
         copying = keep.held / _copy_rate(self.device)
         forward, both = kind.seconds[KEEP]
         wait = max(0.0, copying - forward) + max(0.0, copying - (both - forward)) + 0.05 * forward
@@ -358,13 +401,20 @@ class _Measurement:
         )
 
 
-def _caller(way: tuple[str, frozenset[Operator]]) -> Callable[..., Any]:
-    action, kept = way
-    if action == KEEP:
+def _caller(way: _Way) -> Callable[..., Any]:
+    if way.action == KEEP:
         return lambda run, args, kwargs, buffers, first: run(*args, **kwargs)
-    region = Region(contexts=contexts(kept) if action == SELECTIVE else None)
+    if way.action == COMPRESS:
+        return lambda run, args, kwargs, buffers, first: compressed(run, args, kwargs)
+    if way.action == PARTIAL:
+        return lambda run, args, kwargs, buffers, first: partial_form(run, way.share)(*args, **kwargs)
+
+    region = Region()
 
     def call(run: Any, args: Any, kwargs: Any, buffers: Buffers, first: bool) -> Any:
+        nonlocal region
+        if first:
+            region = Region(contexts=contexts(way.kept) if way.action == SELECTIVE else None)
         return region.call(run, args, kwargs, buffers=buffers, new_group=first)
 
     return call

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...core import InputError
 from ._intercept import undisturbed
+from ._partial import is_compiled
 
 Buffers = Sequence[tuple[nn.Module, str]]
 #: How a region with several groups computes again: all at once, each group alone, or each alone from few stored inputs.
@@ -196,8 +196,13 @@ class Region:
 
     @property
     def compiled(self) -> bool:
-        """Whether a call is anything but a module's own."""
-        return any(not isinstance(call.run, MethodType) for call in self._calls)
+        """Whether a call runs through `torch.compile`."""
+        return any(is_compiled(call.run) for call in self._calls)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a call drew random numbers."""
+        return any(call.rng for call in self._calls)
 
     def _refer(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -401,7 +406,9 @@ def _swapped(buffers: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]
 
 
 def rng_states(values: Any) -> list[tuple[torch.device, Tensor]]:
-    """The states of the generators that a call with these inputs may draw from."""
+    """The states of the generators that a call with these inputs may draw from; none while a CUDA graph is recorded."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return []
     devices = {t.device for t in values if isinstance(t, Tensor) and t.device.type == "cuda"}
     if not devices and torch.cuda.is_available() and torch.cuda.is_initialized():
         devices = {torch.device("cuda", torch.cuda.current_device())}

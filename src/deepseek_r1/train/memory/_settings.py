@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 SWITCH = "R1_MEMORY_OPTIMIZER"
 
 
-def check_settings(memory_gb: Any, checkpoint_interval: Any) -> None:
-    """Raise ConfigError if the two fields of a `TrainingConfig` cannot be used."""
+def check_settings(memory_gb: Any, checkpoint_interval: Any, compress: Any) -> None:
+    """Raise ConfigError if these fields of a `TrainingConfig` cannot be used."""
     whole = isinstance(checkpoint_interval, int) and not isinstance(checkpoint_interval, bool)
     if checkpoint_interval is not None and not (whole and checkpoint_interval >= 1):
         raise ConfigError(
@@ -34,20 +34,31 @@ def check_settings(memory_gb: Any, checkpoint_interval: Any) -> None:
             f"TrainingConfig(memory_gb={memory_gb!r}, checkpoint_interval={checkpoint_interval!r}): the plan for a "
             "limit of memory chooses what is recomputed; give one of the two."
         )
+    if not isinstance(compress, bool):
+        raise ConfigError(f"TrainingConfig(compress_activations={compress!r}): the value must be True or False.")
+    if compress and memory_gb is None and (checkpoint_interval is not None or not _switched_on()):
+        raise ConfigError(
+            "TrainingConfig(compress_activations=True): it is a choice of the plan for a limit of memory; give "
+            "memory_gb, a number or 'auto'."
+        )
+
+
+def _switched_on() -> bool:
+    return os.environ.get(SWITCH, "") not in ("", "0")
 
 
 def settle_memory(config: TrainingConfig) -> tuple[TrainingConfig, dict[str, str]]:
     """The configuration after a look at R1_MEMORY_OPTIMIZER, without what a limit of memory rules out; and why."""
     reasons: dict[str, str] = {}
     if config.memory_gb is None and config.checkpoint_interval is None:
-        if os.environ.get(SWITCH, "") in ("", "0"):
+        if not _switched_on():
             return config, reasons
         config = replace(config, memory_gb="auto")
         reasons["memory_gb"] = f"auto: the environment variable {SWITCH} is set"
     if config.compile is True:
         config = replace(config, compile="blocks")
         reasons["compile"] = "blocks: what is recomputed is chosen block by block"
-    if config.cuda_graph is not False:
+    if config.cuda_graph is not False and config.checkpoint_interval is not None:
         config = replace(config, cuda_graph=False)
         reasons["cuda_graph"] = "False: recomputing puts the random generators back, which a recording cannot hold"
     return config, reasons
