@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..core import InputError
 from ._epoch import Place, epoch_start
 from ._fit import check_model, check_optimizer
+from ._frozen import Left
 from ._progress import Progress
 from ._rng import loader_state, rng_state, set_loader_state
 from ._summary import differences
@@ -44,17 +45,23 @@ def metrics(trainer: Trainer) -> dict[str, float]:
     return {name: value for name, value in last.items() if name == "train_loss" or name.startswith("val_")}
 
 
-def put_back(trainer: Trainer, name: str, model_state: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Give a Trainer the state that another one had. `name` is the checkpoint's, for messages.
+def put_back(
+    trainer: Trainer, name: str, model_state: Mapping[str, Any], state: Mapping[str, Any], frozen: Mapping[str, Left]
+) -> None:
+    """Give a Trainer the state that another one had.
+
+    Args:
+        name: the checkpoint's, for messages.
+        frozen: what was left out of the model's state.
 
     Raises:
         InputError: it is of another model or optimizer; then nothing was changed.
     """
     stepper = trainer._stepper
-    check_model(trainer.model, model_state, name)
+    check_model(trainer.model, model_state, name, frozen)
     check_optimizer(trainer.optimizer, state["optimizer"], state.get("optimizer_class"), name)
     try:
-        trainer.model.load_state_dict(model_state)
+        trainer.model.load_state_dict(model_state, strict=not frozen)
         trainer.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as e:
         raise InputError(f"{name} is of another model or optimizer: {e}") from e
