@@ -13,8 +13,19 @@ from torch.optim import Optimizer
 
 from ..core import InputError, atomic
 from ._background import Background, Staging
-from ._checkpoint import CONFIG, MODEL, SHARD_BYTES, Contents, config_of, gather, read, read_frozen, read_tensors
-from ._checkpoint import verify, write
+from ._checkpoint import (
+    CONFIG,
+    MODEL,
+    SHARD_BYTES,
+    Contents,
+    config_of,
+    gather,
+    read,
+    read_frozen,
+    read_tensors,
+    verify,
+    write,
+)
 from ._checkpoint import write_shards as _write_shards
 from ._fit import check_model, check_optimizer
 from ._frozen import taken

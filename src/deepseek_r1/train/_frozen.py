@@ -110,7 +110,7 @@ class FrozenBase:
         self._given: dict[str, Left] | None = None
 
     def begin(self, model: nn.Module) -> None:
-        """Look at the model before anything changes it, by training or from a checkpoint. Once; later calls do nothing."""
+        """Look at the model before anything changes it, by training or from a checkpoint; later calls do nothing."""
         if self._leave_out and self._given is None:
             frozen = frozen_tensors(model, model.state_dict())
             self._given = {name: described(tensor) for name, tensor in frozen.items()}
@@ -156,8 +156,8 @@ def taken(left: Mapping[str, Left], base: nn.Module | None, where: str) -> dict[
         return {}
     if base is None:
         raise InputError(
-            f"{where} leaves out {len(left):,} frozen tensors, {next(iter(left))!r} the first; give base=, the model as "
-            "the run was given it, from which they are taken."
+            f"{where} leaves out {len(left):,} frozen tensors, {next(iter(left))!r} the first; give base=, the model "
+            "as the run was given it, from which they are taken."
         )
     check_frozen(base, left, where)
     state = base.state_dict()

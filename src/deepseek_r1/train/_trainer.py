@@ -61,7 +61,8 @@ class Trainer:
         callbacks: instances of `Callback`.
         metrics: name -> function of (outputs, labels), used in evaluation. None: chosen like the loss.
         penalties: functions of the model, each giving a scalar that is added to the loss of every training step, such
-            as `ElasticWeightConsolidation`. Evaluation leaves them out.
+            as `ElasticWeightConsolidation`. Evaluation leaves them out. What one with `state_dict` and
+            `load_state_dict` holds is in checkpoints.
 
     Attributes:
         resume_with: what a run that was interrupted names as the way to go on, such as a command; by default the
@@ -288,8 +289,8 @@ class Trainer:
 
         Raises:
             ArtifactError: the checkpoint is damaged, or all in the directory are; the file is named.
-            InputError: there is none, or it is of another model or optimizer; the first mismatch is named. So is the
-                first frozen tensor that the checkpoint leaves out and the model has otherwise.
+            InputError: there is none, or it is of another model, optimizer or list of penalties; the first mismatch is
+                named. So is the first frozen tensor that the checkpoint leaves out and the model has otherwise.
         """
         if path is None and self.config.save_dir is None:
             raise ConfigError("resume() needs a path, or TrainingConfig(save_dir=...).")
