@@ -8,8 +8,9 @@
         manifest.json          schema version, step, metrics, SHA-256 of every file
 
 Tensors that training leaves as they are may be left out: state.json then has the shape, type and fingerprint of each
-under "frozen", and the manifest (of schema version 2) how many there are under "left_out". What is larger than a shard goes into several files, model-00001-of-00003.safetensors and so on, with an index beside
-them in the layout of Hugging Face. Nothing is pickled. Knows nothing about what the state means.
+under "frozen", and the manifest (of schema version 2) how many there are under "left_out". What is larger than a shard
+goes into several files, model-00001-of-00003.safetensors and so on, with an index beside them in the layout of Hugging
+Face. Nothing is pickled. Knows nothing about what the state means.
 """
 
 from __future__ import annotations
