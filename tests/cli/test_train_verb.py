@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from deepseek_r1.cli import app
 from deepseek_r1.core import Report
 from deepseek_r1.train import DSCheckpoint
 from deepseek_r1.train._logs import NAME, read_lines
+from deepseek_r1.train._optim import BY_NAME
 
 MODEL = """
 from torch import nn
@@ -77,7 +79,7 @@ def test_every_option_reaches_the_configuration(config, tmp_path):
         f"--clip-grad-norm 1.5 --batch-size 9 --micro-batch-size 3 --gradient-accumulation-steps 2 --precision bf16 "
         f"--memory-gb 4 --compile --device cpu --threads 1 --deterministic --save-dir {tmp_path}/c "
         f"--save-every-steps 5 --save-every-epochs 2 --keep-last 4 --keep-best 2 --async-save --on-save-error continue "
-        f"--early-stop-patience 6 --log-dir {tmp_path}/l --log-every 3 --resume --seed 11"
+        f"--no-save-frozen --early-stop-patience 6 --log-dir {tmp_path}/l --log-every 3 --resume --seed 11"
     )
     expected = {
         "epochs": 7, "lr": 0.5, "optimizer": "lion",
@@ -85,8 +87,8 @@ def test_every_option_reaches_the_configuration(config, tmp_path):
         "batch_size": 9, "micro_batch_size": 3, "gradient_accumulation_steps": 2, "precision": "bf16", "memory_gb": 4.0,
         "compile": True, "device": "cpu", "threads": 1, "deterministic": True, "save_dir": tmp_path / "c",
         "save_every_steps": 5, "save_every_epochs": 2, "keep_last": 4, "keep_best": 2, "async_save": True,
-        "on_save_error": "continue", "early_stop_patience": 6, "log_dir": tmp_path / "l", "log_every": 3,
-        "resume": True, "seed": 11,
+        "on_save_error": "continue", "save_frozen": False, "early_stop_patience": 6, "log_dir": tmp_path / "l",
+        "log_every": 3, "resume": True, "seed": 11,
     }  # fmt: skip
     assert {k: found[k] for k in expected} == expected
     assert isinstance(config("train model.py:build --data data.npz --warmup 5")["warmup"], int)
@@ -112,7 +114,10 @@ def test_every_option_reaches_the_configuration(config, tmp_path):
         ("model.py:build --micro-batch-size 64", "larger than the loader's batch of 32"),
         ("model.py:build --device tpu", "one of 'auto', 'cpu', 'cuda'"),
         ("model.py:build --device 99", "torch finds"),
-        ("model.py:build --optimizer best", "optimizer='best'"),
+        ("model.py:build --optimizer best", "optimizer='best' is unknown. Known: adamw, adamw8bit, paged_adamw8bit, "),
+        ("model.py:build --optimizer AdamW8", "optimizer='AdamW8' is unknown. Did you mean 'adamw8bit'?"),
+        ("model.py:build --optimizer ''", "optimizer='' is unknown"),
+        ("model.py:build --optimizer muon --weight-decay -1", "weight_decay=-1.0): the value must be a number >= 0"),
         ("model.py:build --lr -1", "a finite number > 0"),
         ("model.py:build --log-dir data.npz", "log_dir data.npz cannot be written to"),
     ],
@@ -139,6 +144,32 @@ def test_log_and_checkpoints_go_where_they_are_told(run, place):
     result = run(f"{line} --epochs 3 --resume")
     assert result.exit_code == 0, result.output
     assert "(step 14)" in result.stdout
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_optimizer_trains_and_is_resumed(run, place, name):
+    lr = {"lion": 1e-3, "adaptive": 0.05, "sgd": 0.05}.get(name, 5e-3)
+    line = f"train model.py:build --data data.npz --optimizer {name} --lr {lr} --out by-name/{name}"
+    result = run(f"{line} --epochs 2")
+    assert result.exit_code == 0, result.output
+    assert f"optimizer: {BY_NAME[name][0].__name__} (lr {lr:g}" in " ".join(result.stdout.split())
+    result = run(f"{line} --epochs 3 --resume --json by-name/{name}.json")
+    assert result.exit_code == 0, result.output
+    report = Report.load(place / "by-name" / f"{name}.json")
+    assert report["test accuracy"].after > 0.6
+    other = "sgd" if name != "sgd" else "adamw"
+    result = run(f"{line} --epochs 4 --resume --optimizer {other}")
+    assert result.exit_code == 2
+    assert "has the state of the optimizer" in result.stderr
+
+
+def test_the_help_and_the_documents_name_every_optimizer(run):
+    shown = run("train --help").stdout
+    words = set(re.findall(r"[a-z0-9_]+", shown))
+    table = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
+    for name in BY_NAME:
+        assert name in words
+        assert f"| `{name}` " in table
 
 
 def test_sigterm_saves_exits_0_and_says_the_whole_command(place, run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from deepseek_r1 import TrainingConfig
 from deepseek_r1.core import ConfigError
-from deepseek_r1.train import Objective, resolve, train_step
+from deepseek_r1.train import Callback, Objective, Trainer, resolve, train_step
 from deepseek_r1.train._blocks import block_runs, compiled, share_in_blocks
 from deepseek_r1.train._config import _choose_compile
 from deepseek_r1.train._device_step import Graphs, device_step, signature
+from deepseek_r1.train._logs import NAME, read_lines
 
 CPU = torch.device("cpu")
 
@@ -54,9 +56,11 @@ def test_a_started_step_is_the_plain_step(clip: float | None) -> None:
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, fused=True)
     objective = Objective(plain)
     for seed in range(5):
-        loss, _ = run(_window(seed))
+        loss, _, norm = run(_window(seed))
         expected = train_step(plain, _window(seed), optimizer, objective, clip_grad_norm=clip)
         torch.testing.assert_close(loss, expected.loss, rtol=1e-6, atol=1e-6)
+        if clip is not None:
+            torch.testing.assert_close(norm, expected.grad_norm, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(_parameters(mine), _parameters(plain), rtol=1e-5, atol=1e-6)
     assert not bool(bad)
 
@@ -86,7 +90,7 @@ class _Recorder:
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        results = torch.full((), torch.nan), torch.full((), torch.nan)
+        results = tuple(torch.full((), torch.nan) for _ in range(3))
 
         def again() -> None:
             self.replays += 1
@@ -110,13 +114,54 @@ def test_recorded_steps_are_the_same_steps() -> None:
     assert (graphs.recorded, recorder.replays, graphs.refused) == (2, 7, "")
 
 
-def test_the_losses_of_replays_do_not_overwrite_each_other() -> None:
+def test_the_losses_and_norms_of_replays_do_not_overwrite_each_other() -> None:
     run, _ = _runner(_net())
     graphs = Graphs(run, _Recorder())
-    losses = [graphs.step(_window(0))[0] for _ in range(5)]
-    values = [float(loss) for loss in losses]
-    assert values == sorted(values, reverse=True)
-    assert len(set(values)) == 5
+    outcomes = [graphs.step(_window(0)) for _ in range(5)]
+    losses, norms = ([float(outcome[i]) for outcome in outcomes] for i in (0, 2))
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == len(set(norms)) == 5
+
+
+class _StartedRun:
+    """In the place of a `DeviceRun`: the same steps, recorded too, without streams."""
+
+    def __init__(self, stepper: Any) -> None:
+        self._bad = torch.zeros(())
+        self.graphs = Graphs(lambda window: stepper._started(window, self._bad), _Recorder())
+
+    def step(self, number: int, window: list[Any]) -> tuple[Tensor, Tensor, None]:
+        loss, _, norm = self.graphs.step(window)
+        return loss, norm, None
+
+    def settle(self) -> None: ...
+
+    def forget(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Started(Callback):
+    def on_train_start(self, trainer: Any) -> None:
+        trainer._stepper._run = _StartedRun(trainer._stepper)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_the_log_has_the_norms_of_started_steps(tmp_path: Path, clip: float | None) -> None:
+    found = {}
+    for name, callbacks in (("plain", []), ("started", [_Started()])):
+        model = _net()
+        config = TrainingConfig(device="cpu", clip_grad_norm=clip, log_dir=str(tmp_path / name), log_every=2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        data = [_window(seed)[0] for seed in range(8)]
+        report = Trainer(model, data, config=config, optimizer=optimizer, callbacks=callbacks).train(epochs=1)
+        assert any("whole steps, for 1 shape" in note for note in report.notes) == (name == "started")
+        found[name] = [e.get("grad_norm") for e in read_lines(tmp_path / name / NAME) if e["kind"] == "step"]
+    assert len(found["started"]) == 4
+    if clip is None:
+        assert found["started"] == [None] * 4
+    else:
+        assert found["started"] == pytest.approx(found["plain"], rel=1e-5)
 
 
 def test_what_cannot_be_recorded_is_run() -> None:

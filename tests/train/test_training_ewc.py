@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from deepseek_r1.core import ArtifactError, ConfigError, InputError
 from deepseek_r1.data import DSDataLoader, digits
 from deepseek_r1.train import ElasticWeightConsolidation, Trainer, TrainingConfig
+from deepseek_r1.train import _trainer as trainer_module
 
 
 def net(dropout=0.0):
@@ -140,6 +143,61 @@ def test_misuse_is_named():
         Trainer(model, data, penalties=[3])
     with pytest.raises(InputError, match="scalar"):
         Trainer(model, data, penalties=[lambda m: 1.0]).train(epochs=1)
+
+
+def decay(model):
+    return 1e-3 * sum(p.square().sum() for p in model.parameters())
+
+
+def run_with(folder, old, penalties=None, **options):
+    model = net(dropout=0.2)
+    ewc = ElasticWeightConsolidation(model, [batch(8, old)], **{"strength": 300.0, **options})
+    config = TrainingConfig(
+        device="cpu", seed=1, threads=1, log_every=1, save_every_steps=1, keep_last=None, save_dir=str(folder)
+    )
+    given = [ewc, decay] if penalties is None else penalties
+    trainer = Trainer(model, [batch(6, seed) for seed in range(4)], lr=1e-2, config=config, penalties=given)
+    return trainer, ewc
+
+
+def test_a_resumed_run_has_the_same_penalty_to_the_bit(tmp_path):
+    whole, old = run_with(tmp_path / "a", 5)
+    whole.train(epochs=2)
+    for step in (1, 4, 6):
+        resumed, other = run_with(tmp_path / "b", 6, strength=3.0)
+        assert not all(torch.equal(other.fisher[k], v) for k, v in old.fisher.items())
+        resumed.resume(tmp_path / "a" / f"step-{step:08d}")
+        assert (other.strength, other.samples) == (300.0, 8)
+        assert all(torch.equal(other.fisher[k], v) for k, v in old.fisher.items())
+        assert all(torch.equal(other.anchors[k], v) for k, v in old.anchors.items())
+        resumed.train(epochs=2)
+        assert resumed.losses == whole.losses
+        assert all(torch.equal(p, q) for p, q in zip(resumed.model.parameters(), whole.model.parameters()))
+        for path in (tmp_path / "b").glob("step-*"):
+            shutil.rmtree(path)
+
+
+def test_another_list_of_penalties_is_refused(tmp_path):
+    run_with(tmp_path / "a", 5)[0].train(epochs=1)
+    for penalties in ([], [decay], [decay, decay]):
+        trainer, _ = run_with(tmp_path / "a", 5, penalties)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        says = r"step-00000004 is of a run with the penalties \['ElasticWeightConsolidation', 'decay'\]"
+        with pytest.raises(InputError, match=says):
+            trainer.resume()
+        assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before))
+
+
+def test_a_checkpoint_that_says_nothing_of_penalties_is_read(tmp_path, monkeypatch):
+    """As releases before wrote them."""
+    real = trainer_module.take
+    monkeypatch.setattr(trainer_module, "take", lambda t: {k: v for k, v in real(t).items() if k != "penalties"})
+    whole, _ = run_with(tmp_path / "a", 5)
+    whole.train(epochs=2)
+    resumed, _ = run_with(tmp_path / "b", 5)
+    resumed.resume(tmp_path / "a" / "step-00000003")
+    resumed.train(epochs=2)
+    assert resumed.losses == whole.losses
 
 
 def part(split, low, high, batch_size=32):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import deepseek_r1 as dr1
 from deepseek_r1.core import NonFiniteLossError
 from deepseek_r1.train import Callback, Trainer, TrainingConfig
+from deepseek_r1.train._logs import NAME, read_lines
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,6 +99,21 @@ def test_a_bad_step_is_never_applied(bad, optimizer, clip):
         trainer.train(epochs=1)
     good = keep.seen[bad - 1]
     assert all(torch.equal(a, b) for a, b in zip(good, weights(trainer.model)))
+
+
+def test_the_log_has_the_norms_of_steps_that_the_host_only_starts(tmp_path):
+    found = {}
+    for name, fields in (("plain", {"cuda_graph": False, "compile": False}), ("recorded", {})):
+        config = TrainingConfig(
+            precision="fp32", clip_grad_norm=0.5, log_dir=str(tmp_path / name), log_every=2, **fields
+        )
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2))
+        Trainer(model, batches(), lr=1e-2, config=config).train(epochs=2)
+        entries = [e for e in read_lines(tmp_path / name / NAME) if e["kind"] == "step"]
+        found[name] = {e["step"]: e["grad_norm"] for e in entries if e["step"] % 2 == 0}
+    assert found["recorded"] == pytest.approx(found["plain"], rel=1e-3)
+    assert len(found["plain"]) > 4
 
 
 def test_a_bad_layer_is_named_although_the_verdict_is_late(tmp_path):

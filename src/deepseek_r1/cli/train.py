@@ -26,10 +26,12 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, weights and report.")] = Path("runs/train"),
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training part, all resumed ones counted.")] = 5,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, lion, muon, ... or sgd.")] = "adamw",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, adamw8bit, paged_adamw8bit, lion, muon, adaptive or sgd.")
+    ] = "adamw",
     schedule: Annotated[str, typer.Option(help="constant, linear, cosine, wsd or staged.")] = "constant",
     warmup: Annotated[str, typer.Option(help="Steps (100) or a part of the run (0.1) in which the rate climbs.")] = "0",
-    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW; not on biases and norms.")] = 0.01,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of the optimizer; not on biases and norms.")] = 0.01,
     clip_grad_norm: Annotated[float | None, typer.Option(help="Largest norm of all gradients together.")] = None,
     batch_size: BatchSize = 32,
     micro_batch_size: Annotated[int | None, typer.Option(help="Samples in one forward and backward pass.")] = None,
@@ -52,6 +54,10 @@ def train(
     keep_best: Annotated[int, typer.Option(help="Checkpoints to keep beside those: the best by val_loss.")] = 0,
     async_save: Annotated[
         bool | None, typer.Option("--async-save/--no-async-save", help="Write checkpoints in the background.")
+    ] = None,
+    save_frozen: Annotated[
+        bool | None,
+        typer.Option("--save-frozen/--no-save-frozen", help="Keep what is frozen in checkpoints; not under adapters."),
     ] = None,
     on_save_error: Annotated[str, typer.Option(help="stop, or continue without the checkpoint.")] = "stop",
     early_stop_patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without gain.")] = None,
@@ -76,6 +82,7 @@ def train(
         "deterministic": deterministic, "save_dir": save_dir or out / "checkpoints", "keep_last": keep_last,
         "save_every_steps": save_every_steps, "save_every_epochs": save_every_epochs, "keep_best": keep_best,
         "async_save": "auto" if async_save is None else async_save, "on_save_error": on_save_error,
+        "save_frozen": "auto" if save_frozen is None else save_frozen,
         "early_stop_patience": early_stop_patience, "log_dir": log_dir, "log_every": log_every,
     }  # fmt: skip
     what = _one_model(model, named)

@@ -87,6 +87,8 @@ class NF4Linear(nn.Module):
         (torch.Size([32, 32]), torch.Size([2, 32]))
     """
 
+    #: Buffers that no training changes, so that checkpoints may leave them out.
+    frozen_buffers = NF4._fields
     packed: Tensor
     steps: Tensor
     scales: Tensor

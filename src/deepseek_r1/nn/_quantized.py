@@ -36,6 +36,8 @@ class QuantizedLinear(nn.Module):
         (torch.Size([2, 8]), torch.Size([8, 32]))
     """
 
+    #: Buffers that no training changes, so that checkpoints may leave them out.
+    frozen_buffers = ("values", "scales", "zeros")
     values: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor

@@ -7,8 +7,10 @@
         config.json            the model's own configuration, where it has one
         manifest.json          schema version, step, metrics, SHA-256 of every file
 
-What is larger than a shard goes into several files, model-00001-of-00003.safetensors and so on, with an index beside
-them in the layout of Hugging Face. Nothing is pickled. Knows nothing about what the state means.
+Tensors that training leaves as they are may be left out: state.json then has the shape, type and fingerprint of each
+under "frozen", and the manifest (of schema version 2) how many there are under "left_out". What is larger than a shard
+goes into several files, model-00001-of-00003.safetensors and so on, with an index beside them in the layout of Hugging
+Face. Nothing is pickled. Knows nothing about what the state means.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from ..core import ArtifactError, DeepSeekError, InputError, atomic
 from ..core.manifest_json import check_digest, digest, parse
 from ._pack import Copy, pack, unpack
 
-SCHEMA_VERSION = 1
+#: Version 1 holds every tensor of the model. It is written still where nothing is left out.
+SCHEMA_VERSION = 2
 KIND = "deepseek-r1 training checkpoint"
 MODEL, TRAINING = "model.safetensors", "training.safetensors"
 STATE, CONFIG, MANIFEST = "state.json", "config.json", "manifest.json"
@@ -54,6 +57,7 @@ class Contents:
         document: the structure around them, plain values only.
         config: the model's own configuration, or None.
         metrics: numbers that judge the state, for retention.
+        frozen: what of the model is left out; see `_frozen.Left`.
     """
 
     step: int
@@ -62,6 +66,7 @@ class Contents:
     document: dict[str, Any]
     config: dict[str, Any] | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    frozen: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def gather(
@@ -72,6 +77,7 @@ def gather(
     config: dict[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
     copy: Copy | None = None,
+    frozen: Mapping[str, dict[str, Any]] | None = None,
 ) -> Contents:
     """Put together what a checkpoint holds.
 
@@ -80,6 +86,7 @@ def gather(
         state: nested dicts, lists and tuples of tensors, arrays and plain values.
         copy: makes a tensor's own copy. None: tensors on the CPU are those of the model, so it may not change
             before they are written.
+        frozen: what the model has beside its state dict here, by name.
 
     Raises:
         InputError: something in the state can be neither a tensor nor JSON.
@@ -87,10 +94,10 @@ def gather(
     training: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     plain = pack(dict(state), training, "state", copy)
-    structure = pack(dict(model), weights, "", copy)
+    document = {"model": pack(dict(model), weights, "", copy), "state": plain}
     return Contents(
-        step=step, weights=weights, training=training, document={"model": structure, "state": plain}, config=config,
-        metrics=dict(metrics or {}),
+        step=step, weights=weights, training=training, document=document, config=config, metrics=dict(metrics or {}),
+        frozen=dict(frozen or {}),
     )  # fmt: skip
 
 
@@ -123,15 +130,17 @@ def write(path: Path, contents: Contents, shard_bytes: int = SHARD_BYTES) -> dic
         with atomic.atomic_dir(path) as tmp:
             names = write_shards(tmp, MODEL, contents.weights, shard_bytes, metadata={"format": "pt"})
             names += write_shards(tmp, TRAINING, contents.training, shard_bytes)
-            atomic.write_json(tmp / STATE, contents.document)
+            left = {"frozen": contents.frozen} if contents.frozen else {}
+            atomic.write_json(tmp / STATE, {**contents.document, **left})
             if contents.config is not None:
                 atomic.write_json(tmp / CONFIG, contents.config)
             names += [STATE, *([CONFIG] if contents.config is not None else [])]
             manifest: dict[str, Any] = {
                 "kind": KIND,
-                "schema_version": SCHEMA_VERSION,
+                "schema_version": SCHEMA_VERSION if contents.frozen else 1,
                 "step": contents.step,
                 "metrics": contents.metrics,
+                "left_out": len(contents.frozen),
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
                 "files": {
@@ -206,6 +215,12 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (KeyError, TypeError, ValueError, SafetensorError) as e:
         raise ArtifactError(f"{path / STATE} and the tensors beside it do not fit together: {e!r}.") from e
     return model, state
+
+
+def read_frozen(path: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint that was read already left out of the model."""
+    found: dict[str, dict[str, Any]] = json.loads((path / STATE).read_text()).get("frozen", {})
+    return found
 
 
 def read_tensors(path: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core import ConfigError, probe
 from ._blocks import block_runs, share_in_blocks
+from ._frozen import has_adapters
 from .memory._settings import check_settings, settle_memory
 
 SCHEMA_VERSION = 1
@@ -69,6 +70,9 @@ class TrainingConfig:
         async_save: True writes checkpoints in the background: a step waits only for a copy in host memory. "auto":
             on a GPU, and on a CPU for models of 64 MB and more.
         on_save_error: "stop" ends the run with the CheckpointError, "continue" warns and trains on.
+        save_frozen: whether checkpoints hold what training leaves as it is: parameters without gradients, and packed
+            weights. False leaves it out; `resume` then checks that the model given has the same. "auto": False for
+            a model with adapters.
         shard_gb: checkpoints of more than so many gigabytes (10^9 bytes) are split into files of at most that size.
         log_dir: directory for `log.jsonl` and TensorBoard event files; None: none are written.
         log_every: optimizer steps between points of the loss curve (`Trainer.losses`) and of the log.
@@ -112,6 +116,7 @@ class TrainingConfig:
     keep_best: int = 0
     async_save: bool | Literal["auto"] = "auto"
     on_save_error: str = "stop"
+    save_frozen: bool | Literal["auto"] = "auto"
     shard_gb: float = 4.0
     log_dir: str | None = None
     log_every: int = 10
@@ -173,6 +178,8 @@ class TrainingConfig:
     def _check_saving(self) -> None:
         if self.async_save not in (True, False, "auto"):
             self._refuse("async_save", "True, False or 'auto'")
+        if self.save_frozen not in (True, False, "auto"):
+            self._refuse("save_frozen", "True, False or 'auto'")
         self._one_of("on_save_error", ("stop", "continue"))
         if not _is_int(self.keep_best) or self.keep_best < 0:
             self._refuse("keep_best", "an integer >= 0")
@@ -245,6 +252,10 @@ def resolve(config: TrainingConfig, model: nn.Module) -> tuple[TrainingConfig, d
         settled = replace(settled, async_save=in_background)
         if in_background and config.save_dir is not None:
             reasons["async_save"] = "True: a step waits for a copy in host memory only, the disk is written behind it"
+    if settled.save_frozen == "auto":
+        settled = replace(settled, save_frozen=not has_adapters(model))
+        if not settled.save_frozen and config.save_dir is not None:
+            reasons["save_frozen"] = "False: checkpoints hold no frozen weights, and resume() wants the same base model"
     return settled, reasons
 
 

@@ -63,20 +63,20 @@ class DeviceRun:
         # Steps that are not recorded are taken too, which torch would warn of.
         self._optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
 
-    def step(self, number: int, window: list[Any]) -> tuple[Tensor, BadStep | None]:
-        """Start a step: its loss, and a bad step among those that have ended meanwhile."""
+    def step(self, number: int, window: list[Any]) -> tuple[Tensor, Tensor, BadStep | None]:
+        """Start a step: its loss and norm, on the device, and a bad step among those that have ended meanwhile."""
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
             self._take_rates()
             moved = self._feed(window)
-            loss, bad = self._run(moved) if self.graphs is None else self.graphs.step(moved)
+            loss, bad, norm = self._run(moved) if self.graphs is None else self.graphs.step(moved)
             host, event = self._free.pop()
             host.copy_(bad, non_blocking=True)
             event.record()
         self._pending.append((BadStep(number, window), host, event))
         here.wait_stream(self._stream)
-        return loss, self.settle(_AHEAD)
+        return loss, norm, self.settle(_AHEAD)
 
     def _take_rates(self) -> None:
         """Someone may have set a group's rate to a number."""

@@ -17,8 +17,9 @@ from ..data._batch import map_tensors, tensors
 from ._objective import Objective
 from ._step import accumulate, found_on_device
 
-#: What a step gives: the mean loss, and 1.0 if this step or one before it was not finite, else 0.0. Scalars.
-Outcome = tuple[Tensor, Tensor]
+#: What a step gives: the mean loss, 1.0 if this step or one before it was not finite, else 0.0, and the gradients' norm
+#: before clipping. Scalars on the device.
+Outcome = tuple[Tensor, Tensor, Tensor]
 #: Graphs kept at most: each holds the memory of one step on inputs of one shape.
 _GRAPHS = 8
 #: Steps on inputs of one shape before theirs is recorded: one that compiles and tunes, one that is watched.
@@ -44,20 +45,20 @@ def device_step(
             all that follow leave the parameters alone; so the host may look at it later.
 
     Returns:
-        The loss (a new scalar) and `bad`.
+        The loss (a new scalar), `bad`, and the gradients' norm (a new scalar).
     """
     optimizer.zero_grad(set_to_none=True)
     loss, _ = accumulate(
         forward, objective, window, device=device, precision=precision, micro_batch_size=micro_batch_size
     )
-    verdict, shrink = found_on_device(loss, optimizer, clip_grad_norm)
+    verdict, norm, shrink = found_on_device(loss, optimizer, clip_grad_norm)
     torch.maximum(bad, verdict, out=bad)
     optimizer.found_inf, optimizer.grad_scale = bad, shrink  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:
         del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
-    return loss, bad
+    return loss, bad, norm
 
 
 class Graphs:
@@ -107,11 +108,12 @@ class Graphs:
         return self._replay(key, window)
 
     def _replay(self, key: Any, window: list[Any]) -> Outcome:
-        inputs, again, (loss, bad) = self._graphs[key]
+        inputs, again, (loss, bad, norm) = self._graphs[key]
         for mine, given in zip(tensors(inputs), tensors(window), strict=True):
             mine.copy_(given)
         again()
-        return loss.clone(), bad
+        # The next replay writes to the same memory, and the host reads them later.
+        return loss.clone(), bad, norm.clone()
 
     def forget(self) -> None:
         """Free what was recorded, and begin anew."""

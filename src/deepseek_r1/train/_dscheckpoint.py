@@ -13,10 +13,23 @@ from torch.optim import Optimizer
 
 from ..core import InputError, atomic
 from ._background import Background, Staging
-from ._checkpoint import CONFIG, MODEL, SHARD_BYTES, Contents, config_of, gather, read, read_tensors, verify, write
+from ._checkpoint import (
+    CONFIG,
+    MODEL,
+    SHARD_BYTES,
+    Contents,
+    config_of,
+    gather,
+    read,
+    read_frozen,
+    read_tensors,
+    verify,
+    write,
+)
 from ._checkpoint import write_shards as _write_shards
 from ._fit import check_model, check_optimizer
-from ._pack import Copy
+from ._frozen import taken
+from ._pack import Copy, pack
 from ._rng import rng_state, set_rng_state
 
 
@@ -131,7 +144,8 @@ class DSCheckpoint:
         """Put the saved state into a model and an optimizer, in place; gives what else was saved.
 
         Args:
-            model: is given the weights; they go where its parameters are.
+            model: is given the weights; they go where its parameters are. What a Trainer left out of the checkpoint
+                (`TrainingConfig.save_frozen`) it must have already, with the values that the run was given.
             optimizer: is given its state.
             rng: also put back the states of the random generators.
 
@@ -141,8 +155,9 @@ class DSCheckpoint:
             ArtifactError: it was damaged since it was opened.
         """
         weights, saved = read(self.path)
+        left = read_frozen(self.path)
         if model is not None:
-            check_model(model, weights, str(self.path))
+            check_model(model, weights, str(self.path), left)
         if optimizer is not None:
             if saved.get("optimizer") is None:
                 raise InputError(f"{self.path} has no optimizer's state; save it with save(path, model, optimizer).")
@@ -150,7 +165,7 @@ class DSCheckpoint:
         if rng and saved.get("rng") is None:
             raise InputError(f"{self.path} has no states of random generators; save them with save(..., rng=True).")
         if model is not None:
-            model.load_state_dict(weights)
+            model.load_state_dict(weights, strict=not left)
         if optimizer is not None:
             optimizer.load_state_dict(saved["optimizer"])
         if rng:
@@ -158,12 +173,22 @@ class DSCheckpoint:
         rest: dict[str, Any] = saved.get("extra", saved)
         return rest
 
-    def model_state(self) -> dict[str, Any]:
-        """The model's state dict, on the CPU."""
+    def model_state(self, base: nn.Module | None = None) -> dict[str, Any]:
+        """The model's state dict, on the CPU.
+
+        Args:
+            base: the model as the run was given it, where a Trainer left frozen tensors out of the checkpoint.
+
+        Raises:
+            InputError: tensors were left out, and `base` was not given or is another.
+        """
         weights = read(self.path)[0]
+        weights |= {name: t.cpu() for name, t in taken(read_frozen(self.path), base, str(self.path)).items()}
         return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in weights.items()}
 
-    def export_hf(self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    def export_hf(
+        self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES, base: nn.Module | None = None
+    ) -> list[Path]:
         """Write the weights as Hugging Face lays them out; the files that were written.
 
         These are `model.safetensors`, or shards with `model.safetensors.index.json`; and `config.json`, if the model
@@ -171,9 +196,10 @@ class DSCheckpoint:
 
         Args:
             path: a directory that is new or empty.
+            base: as for `model_state`.
 
         Raises:
-            InputError: there are other things in `path`.
+            InputError: there are other things in `path`; or as `model_state`.
             OSError: the file system refuses.
         """
         target = Path(path)
@@ -181,6 +207,7 @@ class DSCheckpoint:
             raise InputError(f"{target} exists and is not empty; give a new directory.")
         manifest = verify(self.path)
         tensors = read_tensors(self.path, manifest, MODEL)
+        pack(taken(read_frozen(self.path), base, str(self.path)), tensors, "")
         with atomic.atomic_dir(target) as tmp:
             names = _write_shards(tmp, MODEL, tensors, shard_bytes, metadata={"format": "pt"})
             if CONFIG in manifest["files"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,18 @@ class ElasticWeightConsolidation:
             terms.append((self.fisher[name] * (p - anchor).square()).sum())
         home = terms[0].device
         return 0.5 * self.strength * torch.stack([term.to(home) for term in terms]).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Fisher information, old weights and strength; the tensors are its own. A Trainer's checkpoints have it."""
+        return {
+            "strength": self.strength, "samples": self.samples,
+            "anchors": dict(self.anchors), "fisher": dict(self.fisher),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, in place of what this was made with."""
+        self.strength, self.samples = float(state["strength"]), int(state["samples"])
+        self.anchors, self.fisher = dict(state["anchors"]), dict(state["fisher"])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write Fisher information and old weights to one safetensors file; whole or not at all."""

@@ -10,20 +10,28 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..core import InputError
+from ._frozen import Left, check_frozen
 
 
-def check_model(model: nn.Module, saved: Mapping[str, Any], where: str) -> None:
+def check_model(
+    model: nn.Module, saved: Mapping[str, Any], where: str, frozen: Mapping[str, Left] | None = None
+) -> None:
     """Raise InputError unless `saved` has the names and shapes of the model's state; the first mismatch is named.
+
+    Args:
+        frozen: what was left out, which the model must have with the same values.
 
     Example:
         >>> check_model(nn.Linear(2, 3), nn.Linear(2, 3).state_dict(), "run/step-00000001")
     """
-    found = list(_differences(model.state_dict(), saved))
+    left = frozen or {}
+    found = list(_differences({k: v for k, v in model.state_dict().items() if k not in left}, saved))
     if found:
         raise InputError(
             f"{where} is of another model: {found[0]}{_more(len(found) - 1)}. Build the model as the run that wrote it "
             "did."
         )
+    check_frozen(model, left, where)
 
 
 def _more(count: int) -> str:

@@ -34,6 +34,7 @@ class Objective:
     Attributes:
         name: what the loss is, once it is known.
         reason: why, if the rule chose it; empty if the user did.
+        penalties: those that were given.
 
     Example:
         >>> objective = Objective(nn.Linear(4, 3))
@@ -45,8 +46,8 @@ class Objective:
     def __init__(self, model: nn.Module, loss: LossFunction | None = None, penalties: Iterable[Penalty] = ()) -> None:
         if loss is not None and not callable(loss):
             raise InputError(f"loss={loss!r}: a function of (outputs, labels) is needed, as nn.MSELoss().")
-        self._model, self._penalties = model, list(penalties)
-        for penalty in self._penalties:
+        self._model, self.penalties = model, list(penalties)
+        for penalty in self.penalties:
             if not callable(penalty):
                 raise InputError(f"penalties has {penalty!r}; functions of the model that give a scalar are needed.")
         self._loss = loss
@@ -81,14 +82,18 @@ class Objective:
             InputError: a penalty is no scalar tensor.
         """
         total: Tensor | None = None
-        for penalty in self._penalties:
+        for penalty in self.penalties:
             value = penalty(self._model)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                name = getattr(penalty, "__name__", type(penalty).__name__)
-                raise InputError(f"the penalty {name} gave {what}; a scalar tensor is needed.")
+                raise InputError(f"the penalty {penalty_name(penalty)} gave {what}; a scalar tensor is needed.")
             total = value.reshape(()) if total is None else total + value.reshape(())
         return total
+
+
+def penalty_name(penalty: Penalty) -> str:
+    """What a penalty is called: a function's name, or an object's class."""
+    return str(getattr(penalty, "__name__", type(penalty).__name__))
 
 
 def own_loss(output: Any) -> Tensor | None:

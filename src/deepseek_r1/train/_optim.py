@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..core import ConfigError, InputError
 from ._config import TrainingConfig
 from .optimizers import AdamW, AdamW8bit, AdaptiveOptimizer, Lion, Muon
+from .optimizers._groups import decay_groups
 
 OptimizerLike = str | Optimizer | type[Optimizer] | Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -25,6 +26,7 @@ BY_NAME: dict[str, tuple[Any, dict[str, Any]]] = {
     "lion": (Lion, {}),
     "muon": (Muon, {}),
     "adaptive": (AdaptiveOptimizer, {}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
 }
 
 
@@ -48,7 +50,7 @@ def make_optimizer(
     if not parameters:
         raise InputError(f"{type(model).__name__} has no parameter with requires_grad=True, so nothing can be trained.")
     if given is None or isinstance(given, str):
-        kind, options = _by_name(given or "adamw")
+        kind, options = _by_name("adamw" if given is None else given)
         return _for_model(kind, model, lr, config.weight_decay, options)
     if isinstance(given, type) and hasattr(given, "from_model"):
         return _for_model(given, model, lr, config.weight_decay, {})
@@ -86,10 +88,16 @@ def _by_name(name: str) -> tuple[Any, dict[str, Any]]:
 def _for_model(
     kind: Any, model: nn.Module, lr: float, weight_decay: float, options: dict[str, Any]
 ) -> tuple[Optimizer, str]:
-    optimizer = kind.from_model(model, lr=lr, weight_decay=weight_decay, **options)
+    if hasattr(kind, "from_model"):
+        optimizer = kind.from_model(model, lr=lr, weight_decay=weight_decay, **options)
+    else:
+        # torch's fused ones are told on the device that a step is bad; on a CPU the verdict is there before.
+        on_gpu = all(p.is_cuda for p in model.parameters() if p.requires_grad)
+        optimizer = kind(decay_groups(model, weight_decay), lr=lr, fused=on_gpu or None, **options)
     decay = f", decay {weight_decay:g} except on biases and norms" if "weight_decay" in optimizer.defaults else ""
-    paged = ", states paged" if options.get("paged") else ""
-    return optimizer, f"{kind.__name__} (lr {lr:g}{decay}{paged})"
+    more = ", states paged" if options.get("paged") else ""
+    more += f", momentum {options['momentum']:g}" if "momentum" in options else ""
+    return optimizer, f"{kind.__name__} (lr {lr:g}{decay}{more})"
 
 
 def set_rates(optimizer: Optimizer, base_lrs: list[float], factor: float) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ..core import InputError
 from ._epoch import Place, epoch_start
 from ._fit import check_model, check_optimizer
+from ._frozen import Left
+from ._objective import Penalty, penalty_name
 from ._progress import Progress
 from ._rng import loader_state, rng_state, set_loader_state
 from ._summary import differences
@@ -31,6 +33,7 @@ def take(trainer: Trainer) -> dict[str, Any]:
         "epoch_start": epoch_start(trainer.train_loader, trainer.device) if between_epochs else trainer._epoch_start,
         "val_loader": None if trainer.val_loader is None else loader_state(trainer.val_loader),
         "callbacks": [{"class": type(c).__name__, "state": c.state_dict()} for c in trainer.callbacks],
+        "penalties": [{"name": penalty_name(p), "state": _penalty_state(p)} for p in trainer._objective.penalties],
         "config": asdict(trainer.config),
         "batch_size": getattr(trainer.train_loader, "batch_size", None),
     }
@@ -44,20 +47,30 @@ def metrics(trainer: Trainer) -> dict[str, float]:
     return {name: value for name, value in last.items() if name == "train_loss" or name.startswith("val_")}
 
 
-def put_back(trainer: Trainer, name: str, model_state: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Give a Trainer the state that another one had. `name` is the checkpoint's, for messages.
+def put_back(
+    trainer: Trainer, name: str, model_state: Mapping[str, Any], state: Mapping[str, Any], frozen: Mapping[str, Left]
+) -> None:
+    """Give a Trainer the state that another one had.
+
+    Args:
+        name: the checkpoint's, for messages.
+        frozen: what was left out of the model's state.
 
     Raises:
         InputError: it is of another model or optimizer; then nothing was changed.
     """
     stepper = trainer._stepper
-    check_model(trainer.model, model_state, name)
+    check_model(trainer.model, model_state, name, frozen)
     check_optimizer(trainer.optimizer, state["optimizer"], state.get("optimizer_class"), name)
+    _check_penalties(trainer._objective.penalties, state.get("penalties"), name)
     try:
-        trainer.model.load_state_dict(model_state)
+        trainer.model.load_state_dict(model_state, strict=not frozen)
         trainer.optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as e:
         raise InputError(f"{name} is of another model or optimizer: {e}") from e
+    for penalty, saved in zip(trainer._objective.penalties, state.get("penalties", ()), strict=False):
+        if saved["state"] is not None:
+            penalty.load_state_dict(saved["state"])  # type: ignore[attr-defined]
     if stepper.scaler is not None and state["scaler"] is not None:
         stepper.scaler.load_state_dict(state["scaler"])
     given, stepper.base_lrs = stepper.base_lrs, state["base_lrs"]
@@ -76,6 +89,22 @@ def put_back(trainer: Trainer, name: str, model_state: Mapping[str, Any], state:
         trainer._reasons["optimizer"] = reason.replace(f"lr {asked}", f"lr {kept}")
         trainer._reasons["lr"] = f"{kept} as the run began with, not {asked} as given; for another begin a new run"
     stepper.forget()
+
+
+def _penalty_state(penalty: Penalty) -> Any:
+    """What a penalty has beside its code, or None: a function of the model has nothing."""
+    has = callable(getattr(penalty, "state_dict", None)) and callable(getattr(penalty, "load_state_dict", None))
+    return penalty.state_dict() if has else None  # type: ignore[attr-defined]
+
+
+def _check_penalties(given: list[Penalty], saved: list[dict[str, Any]] | None, name: str) -> None:
+    """Raise InputError unless a Trainer has the penalties that the run had. Checkpoints of before do not say (None)."""
+    mine = [penalty_name(p) for p in given]
+    if saved is not None and mine != (theirs := [entry["name"] for entry in saved]):
+        raise InputError(
+            f"{name} is of a run with the penalties {theirs}, and this Trainer has {mine}; give it the same in "
+            "Trainer(penalties=...). What those with a state_dict hold is taken from the checkpoint."
+        )
 
 
 def _load_callbacks(trainer: Trainer, saved: list[dict[str, Any]]) -> list[tuple[str, str]]:

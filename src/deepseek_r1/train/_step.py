@@ -163,15 +163,15 @@ def _not_finite(loss: Tensor, parameters: list[nn.Parameter], norm: Tensor | Non
     return bool(found) if loss.device.type == "cpu" else found
 
 
-def found_on_device(loss: Tensor, optimizer: Optimizer, clip: float | None) -> tuple[Tensor, Tensor | None]:
-    """1.0 if the loss or a gradient is not finite, else 0.0; and what the gradients are to be divided by for clipping.
+def found_on_device(loss: Tensor, optimizer: Optimizer, clip: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """1.0 if the loss or a gradient is not finite, else 0.0; the gradients' norm; what clipping divides them by.
 
     Gradients are read once and not written: a fused optimizer divides them as it goes.
     """
     gradients = [p.grad for p in _parameters(optimizer)]
     total = total_norm([g for g in gradients if g is not None])
     bad = (~torch.isfinite(loss.float() + total)).float()
-    return bad, None if clip is None else ((total + 1e-6) / clip).clamp(min=1.0)
+    return bad, total, None if clip is None else ((total + 1e-6) / clip).clamp(min=1.0)
 
 
 def _found_inf(values: list[Tensor]) -> Tensor:

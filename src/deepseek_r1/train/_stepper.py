@@ -16,7 +16,7 @@ from ..data._batch import batch_size, unpack_batch
 from ._blocks import block_runs, compiled
 from ._config import TrainingConfig
 from ._device_run import BadStep, DeviceRun
-from ._device_step import device_step
+from ._device_step import Outcome, device_step
 from ._diagnose import first_non_finite
 from ._objective import Objective
 from ._optim import set_rates, tell_total
@@ -119,7 +119,7 @@ class Stepper:
             self._forward, self._may_compile, graphs.waits = self._model, False, False
             self._compile_blocks()
 
-    def _started(self, window: list[Any], bad: Tensor) -> tuple[Tensor, Tensor]:
+    def _started(self, window: list[Any], bad: Tensor) -> Outcome:
         c = self._config
         return device_step(
             self._forward, window, self._optimizer, self._objective, bad, device=self._device, precision=c.precision,
@@ -167,11 +167,11 @@ class Stepper:
         c = self._config
         if self._run is not None:
             samples = sum(batch_size(unpack_batch(batch)) for batch in window)
-            loss, bad = self._run.step(number, window)
+            loss, norm, bad = self._run.step(number, window)
             self._refuse(bad)
             if self._run.graphs is not None and self._run.graphs.waits:
                 self._compile_more()
-            return loss, samples, None
+            return loss, samples, None if c.clip_grad_norm is None else norm
         result = train_step(
             self._forward, window, self._optimizer, self._objective, device=self._device, precision=c.precision,
             micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm, scaler=self.scaler,

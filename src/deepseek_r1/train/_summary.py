@@ -12,7 +12,7 @@ from ._progress import Progress
 #: Fields of the configuration that change no number of a run, so that a resumed run may differ in them.
 _HARMLESS = {
     "save_dir", "save_every_steps", "save_every_epochs", "keep_last", "keep_best", "async_save", "on_save_error",
-    "shard_gb", "log_dir", "log_every",
+    "save_frozen", "shard_gb", "log_dir", "log_every",
 }  # fmt: skip
 
 

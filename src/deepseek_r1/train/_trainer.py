@@ -17,13 +17,14 @@ from torch import nn
 from .. import deploy
 from ..core import ConfigError, InputError, Report
 from ._callbacks import Callback, check_callbacks
-from ._checkpoint import Contents, config_of, gather, read
+from ._checkpoint import Contents, config_of, gather, read, read_frozen
 from ._config import TrainingConfig, resolve
 from ._configured import configured
 from ._ema import averaged, averaged_copy
 from ._epoch import Place, check_loader, size_note, steps_in_epoch
 from ._evaluate import evaluate, example_inputs, mode, placed, predict
 from ._folder import find
+from ._frozen import FrozenBase
 from ._interrupt import Interrupts, Terminated
 from ._loop import by_signal, interrupted, run
 from ._objective import LossFunction, Objective, Penalty
@@ -60,7 +61,8 @@ class Trainer:
         callbacks: instances of `Callback`.
         metrics: name -> function of (outputs, labels), used in evaluation. None: chosen like the loss.
         penalties: functions of the model, each giving a scalar that is added to the loss of every training step, such
-            as `ElasticWeightConsolidation`. Evaluation leaves them out.
+            as `ElasticWeightConsolidation`. Evaluation leaves them out. What one with `state_dict` and
+            `load_state_dict` holds is in checkpoints.
 
     Attributes:
         resume_with: what a run that was interrupted names as the way to go on, such as a command; by default the
@@ -111,6 +113,7 @@ class Trainer:
         self._restarted, self._validating = False, False
         self._objective = Objective(model, loss, penalties)
         self._saver = Saver(self.config)
+        self._frozen = FrozenBase(self.config.save_frozen is False)
         self._stepper = Stepper(
             model, self.optimizer, self._objective, self.config,
             advice=self._saver.advice, may_compile=given.compile == "auto",
@@ -184,6 +187,7 @@ class Trainer:
         with ExitStack() as stack:
             self._interrupts = stack.enter_context(Interrupts())
             stack.enter_context(placed(self.model, self.device))
+            self._frozen.begin(self.model)
             stack.enter_context(mode(self.model, True))
             stack.enter_context(deterministic_kernels(self.config.deterministic))
             stack.enter_context(cpu_threads(self.config.threads))
@@ -285,7 +289,8 @@ class Trainer:
 
         Raises:
             ArtifactError: the checkpoint is damaged, or all in the directory are; the file is named.
-            InputError: there is none, or it is of another model or optimizer; the first mismatch is named.
+            InputError: there is none, or it is of another model, optimizer or list of penalties; the first mismatch is
+                named. So is the first frozen tensor that the checkpoint leaves out and the model has otherwise.
         """
         if path is None and self.config.save_dir is None:
             raise ConfigError("resume() needs a path, or TrainingConfig(save_dir=...).")
@@ -297,7 +302,8 @@ class Trainer:
         model_state, state = read(found)
         # The optimizer's state is put where the parameters are.
         with placed(self.model, self.device):
-            put_back(self, found.name, model_state, state)
+            self._frozen.begin(self.model)
+            put_back(self, found.name, model_state, state, read_frozen(found))
         self._whole, self.resumed = True, True
         if self.config.save_dir is not None and found == self._saver.path_of(self.step):
             self._saver.saved_step = self.step
@@ -305,9 +311,10 @@ class Trainer:
         return found
 
     def _contents(self, copy: Copy | None) -> Contents:
+        state, frozen = self._frozen.split(self.model)
         return gather(
-            self.model.state_dict(), take(self), self.step,
-            config=config_of(self.model), metrics=metrics(self), copy=copy,
+            state, take(self), self.step,
+            config=config_of(self.model), metrics=metrics(self), copy=copy, frozen=frozen,
         )  # fmt: skip
 
     def _check_whole(self) -> None:

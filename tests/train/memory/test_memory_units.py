@@ -1,9 +1,10 @@
 """Which modules are blocks."""
 
+import pytest
 import torch
 from torch import nn
 
-from deepseek_r1.train import AdamW
+from deepseek_r1.train import AdamW, AdamW8bit, Lion
 from deepseek_r1.train.memory import measured_peak
 from deepseek_r1.train.memory._discover import MOST_UNITS, discover
 from deepseek_r1.train.memory._meter import storage_bytes
@@ -99,3 +100,18 @@ def test_an_optimizers_bytes_are_found_before_its_first_step():
         real = measured_peak(optimizer.step, held=held) - storage_bytes(held)
         assert abs(transient - real) <= 0.2 * size
     assert optimizer_bytes(torch.optim.AdamW(parameters, foreach=True), parameters)[1] > 0.9 * size
+
+
+@pytest.mark.parametrize("kind", [AdamW8bit, AdamW, Lion])
+@pytest.mark.parametrize("shapes", [[(1024, 768)] * 3, [(200, 300)] * 20, [(64, 64)] * 4, [(300,), (70, 70)] * 9])
+def test_what_an_update_takes_is_found_for_large_models(kind, shapes):
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = kind(parameters, lr=1e-3)
+    _, transient = optimizer_bytes(optimizer, parameters)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    held = [*parameters, *(p.grad for p in parameters)]
+    held += [t for s in optimizer.state.values() for t in s.values()]
+    real = measured_peak(optimizer.step, held=held) - storage_bytes(held)
+    assert real * 0.95 <= transient <= 1.3 * real + 1e6

@@ -13,6 +13,7 @@ from torch import nn
 from deepseek_r1.core import ConfigError
 from deepseek_r1.data import digits
 from deepseek_r1.train import AdamW, AdamW8bit, Trainer, TrainingConfig
+from deepseek_r1.train.memory import measured_peak
 from deepseek_r1.train.optimizers import _adamw8bit
 from deepseek_r1.train.optimizers._blockwise import BlockCode, dynamic_code
 
@@ -151,24 +152,45 @@ def test_small_tensors_are_plain_adamw(dtype):
     torch.testing.assert_close(p.float(), reference, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_pages_do_not_change_the_result(monkeypatch, paged, decay):
+def test_pages_do_not_change_the_result(monkeypatch, paged, decay, dtype):
     """Large parameters are cut, small ones share a page: the same bits whatever the page, and wherever states live."""
+    monkeypatch.setattr(_adamw8bit, "_AT_ONCE_PER_THREAD", 1)
     results = []
     for at_once in (1 << 23, 6_000, 512):
-        monkeypatch.setattr(_adamw8bit, "_AT_ONCE", at_once)
+        monkeypatch.setattr(_adamw8bit, "_AT_ONCE_ON_CPU", at_once)
         g = torch.Generator().manual_seed(0)
-        params = [nn.Parameter(torch.randn(s, generator=g)) for s in ((129, 70), (64, 64), (5000,), (40, 41, 3))]
+        shapes = ((129, 70), (64, 64), (5000,), (40, 41, 3), (16, 48, 3, 3), (90, 80))
+        params = [nn.Parameter(torch.randn(s, generator=g).to(dtype)) for s in shapes]
         params[1].data = params[1].data.t()
+        params[4].data = params[4].data.to(memory_format=torch.channels_last)
         optimizer = AdamW8bit(params, lr=1e-2, weight_decay=decay, paged=paged and at_once != 1 << 23)
         for _ in range(3):
             for p in params:
-                p.grad = torch.randn(p.shape, generator=g)
+                p.grad = torch.randn(p.shape, generator=g).to(dtype)
+            params[5].grad = params[5].grad.t().contiguous().t()
             optimizer.step()
-        results.append([p.detach().clone() for p in params])
+        states = [v for p in params for v in optimizer.state[p].values()]
+        results.append([p.detach().clone() for p in params] + states)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1100, 1000), (1000, 1100), (256, 512, 3, 3)])
+@pytest.mark.parametrize("layout", ["contiguous", "turned"])
+def test_an_update_on_a_cpu_takes_a_few_megabytes_beside_the_tensors(shape, layout):
+    p = nn.Parameter(torch.randn(shape))
+    if layout == "turned":
+        p.data = p.data.t() if len(shape) == 2 else p.data.to(memory_format=torch.channels_last)
+    p.grad = torch.randn_like(p)
+    optimizer = AdamW8bit([p], lr=1e-3)
+    optimizer.step()
+    page = max(_adamw8bit._AT_ONCE_ON_CPU, _adamw8bit._AT_ONCE_PER_THREAD * torch.get_num_threads())
+    assert measured_peak(optimizer.step) < 8.5 * 4 * page
+    if torch.get_num_threads() <= 8:
+        assert measured_peak(optimizer.step) < 9e6
 
 
 def test_states_move_between_paged_and_not():

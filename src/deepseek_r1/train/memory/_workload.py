@@ -91,7 +91,8 @@ def optimizer_bytes(optimizer: Optimizer | None, parameters: list[nn.Parameter])
     """Bytes of state that an optimizer will still make for these parameters, and what its update takes meanwhile.
 
     Found by updates of the same kind on a few small parameters, and scaled up: state with the parameters' bytes, what
-    an update takes with the bytes of all parameters, of the largest one, or not at all, as the small ones show.
+    an update takes with the bytes of all parameters (or of as many as an optimizer of ours works on together), of the
+    largest one, or not at all, as the small ones show.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]} if optimizer else {}
     own = [p for p in parameters if id(p) in groups]
@@ -106,8 +107,10 @@ def optimizer_bytes(optimizer: Optimizer | None, parameters: list[nn.Parameter])
     (size, state, few), (_, _, many), (_, _, large) = (probe for probe in probes if probe is not None)
     of_all = max(0.0, (many - few) / size)
     of_largest = max(0.0, (large - few - of_all * size) / (size / 4))
-    largest = max(p.numel() * p.element_size() for p in own)
-    transient = few + of_all * (storage_bytes(own) - size) + of_largest * (largest - size / 4)
+    largest, together = max(p.nbytes for p in own), storage_bytes(own)
+    if hasattr(optimizer, "elements_at_once"):
+        together = min(together, optimizer.elements_at_once(own) * own[0].element_size())
+    transient = few + of_all * (together - size) + of_largest * (min(largest, together) - size / 4)
     return int(state / size * storage_bytes(missing)), max(0, int(transient))
 
 

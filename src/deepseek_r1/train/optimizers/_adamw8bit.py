@@ -6,7 +6,8 @@ Dettmers et al., "QLoRA", https://arxiv.org/abs/2305.14314.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,10 @@ from ._tick import Tick
 
 #: Tensors of fewer elements keep fp32 states: they are next to nothing, and norms and biases suffer most.
 SMALL = 4096
-#: Elements updated at once: bounds what their fp32 forms take (32 MiB each), and what a page is.
+#: Elements updated at once on a GPU: bounds what their fp32 forms take (32 MiB each), and what a page is.
 _AT_ONCE = 1 << 23
+#: The same on a CPU, at least (1 MiB each), and for each of its threads: less would leave threads without work.
+_AT_ONCE_ON_CPU, _AT_ONCE_PER_THREAD = 1 << 18, 1 << 15
 #: The states of a large tensor, in the order they are worked on.
 _STATES = ("exp_avg", "exp_avg_scale", "exp_avg_root", "exp_avg_root_scale")
 
@@ -130,7 +133,7 @@ class AdamW8bit(DeviceOptimizer):
             grads = tick.gradients([p.grad for p in small if p.grad is not None])
             states = [self.state[p] for p in small]
             adamw_(small, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], tick, group)
-        pages = list(_pages([p for p in params if p.numel() >= SMALL]))
+        pages = list(_pages([p for p in params if p.numel() >= SMALL], _at_once(tick.count.device)))
         fetch = self._fetch_ahead if self.paged and tick.count.is_cuda else self._fetch
         for page, states_of_page in zip(pages, fetch(pages), strict=True):
             self._update_page(page, states_of_page, group, tick)
@@ -163,6 +166,11 @@ class AdamW8bit(DeviceOptimizer):
         ends = update.split([piece.values.numel() + piece.padding for piece in page])
         updates = [end[: t.numel()].view(t.shape) for end, t in zip(ends, targets, strict=True)]
         torch._foreach_add_(targets, updates)
+
+    def elements_at_once(self, params: Sequence[Tensor]) -> int:
+        """Most elements that an update works on together; large tensors are cut."""
+        small = sum(p.numel() for p in params if p.numel() < SMALL)
+        return max(small, *(_at_once(p.device) for p in params))
 
     def _codes_on(self, device: torch.device) -> tuple[BlockCode, BlockCode]:
         if device not in self._codes:
@@ -215,13 +223,19 @@ class AdamW8bit(DeviceOptimizer):
                 torch._foreach_copy_(places, list(values.split(lengths)))
 
 
-def _pages(params: list[Tensor]) -> Iterator[list[_Piece]]:
-    """Pieces of parameters with about `_AT_ONCE` elements together; a large parameter is cut."""
+def _at_once(device: torch.device) -> int:
+    if device.type != "cpu":
+        return _AT_ONCE
+    return max(_AT_ONCE_ON_CPU, _AT_ONCE_PER_THREAD * torch.get_num_threads())
+
+
+def _pages(params: list[Tensor], at_once: int) -> Iterator[list[_Piece]]:
+    """Pieces of parameters with about so many elements together; a large parameter is cut."""
     page: list[_Piece] = []
     size = 0
     for p in params:
-        for piece in _pieces(p):
-            if page and size + piece.values.numel() > _AT_ONCE:
+        for piece in _pieces(p, at_once):
+            if page and size + piece.values.numel() > at_once:
                 yield page
                 page, size = [], 0
             page.append(piece)
@@ -230,18 +244,22 @@ def _pages(params: list[Tensor]) -> Iterator[list[_Piece]]:
         yield page
 
 
-def _pieces(p: Tensor) -> Iterator[_Piece]:
+def _pieces(p: Tensor, at_once: int) -> Iterator[_Piece]:
     assert p.grad is not None, "only parameters with gradients are updated"
-    rows = -(-p.numel() // BLOCK)
-    # A view of a part is possible where the elements lie in order.
-    at_once = _AT_ONCE // BLOCK if p.is_contiguous() and p.grad.is_contiguous() else rows
-    if at_once >= rows:
-        yield _Piece(p, p, p.grad, slice(0, rows))
+    values, grad = p, p.grad
+    if p.is_contiguous() and p.grad.is_contiguous():
+        values, grad = p.view(-1), p.grad.view(-1)
+    # Along the first dimension a view of a part is possible wherever elements lie. It must begin with a row of states.
+    inner = values[0].numel()
+    unit = BLOCK // math.gcd(inner, BLOCK)
+    step = max(1, at_once // (unit * inner)) * unit
+    if step >= len(values):
+        yield _Piece(p, p, p.grad, slice(0, -(-p.numel() // BLOCK)))
         return
-    for first in range(0, rows, at_once):
-        last = min(first + at_once, rows)
-        part = slice(first * BLOCK, last * BLOCK)
-        yield _Piece(p, p.view(-1)[part], p.grad.view(-1)[part], slice(first, last))
+    for first in range(0, len(values), step):
+        part = slice(first, min(first + step, len(values)))
+        rows = slice(first * inner // BLOCK, -(-part.stop * inner // BLOCK))
+        yield _Piece(p, values[part], grad[part], rows)
 
 
 def _rows(page: list[_Piece], *, values: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ...core import ConfigError, InputError
 from ._groups import decay_groups
-from ._tick import Tick, chunks
+from ._tick import CHUNK, Tick, chunks
 
 #: Shape and type of a parameter's states by name.
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -87,6 +87,10 @@ class DeviceOptimizer(Optimizer):
     def _update(self, params: list[Tensor], group: dict[str, Any], tick: Tick) -> None:
         """Change parameters and states in place. All are on one device, of one type, and have gradients."""
         raise NotImplementedError
+
+    def elements_at_once(self, params: Sequence[Tensor]) -> int:
+        """Most elements that an update works on together, with which what it takes meanwhile grows."""
+        return max(CHUNK, *(p.numel() for p in params))
 
     def _empty_state(self, p: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         like = tuple(p.shape) == shape
