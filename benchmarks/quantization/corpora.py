@@ -50,31 +50,33 @@ def plays() -> dict[str, str]:
 
 
 @functools.cache
-def tokenizer() -> Any:
-    """A byte-pair tokenizer of `VOCABULARY` entries, made from the training plays."""
+def tokenizer(vocabulary: int = VOCABULARY) -> Any:
+    """A byte-pair tokenizer of so many entries, made from the training plays."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    kept = folder("gpt_shakespeare") / "tokenizer.json"
+    kept = folder("gpt_shakespeare") / (
+        "tokenizer.json" if vocabulary == VOCABULARY else f"tokenizer-{vocabulary}.json"
+    )
     if kept.is_file():
         return Tokenizer.from_file(str(kept))
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
     unseen = (VALIDATION_PLAY, *HELD_OUT_PLAYS)
     made.train_from_iterator([text for name, text in plays().items() if name not in unseen], trainer)
     made.save(str(kept))
     return made
 
 
-def tokens(part: str) -> Tensor:
+def tokens(part: str, vocabulary: int = VOCABULARY) -> Tensor:
     """Token numbers, int64 [N], of "train", "validation" or "held-out" plays."""
     texts = plays()
     names = {"validation": (VALIDATION_PLAY,), "held-out": HELD_OUT_PLAYS}.get(part)
     if names is None:
         names = tuple(name for name in texts if name not in (VALIDATION_PLAY, *HELD_OUT_PLAYS))
-    return torch.tensor([n for name in names for n in tokenizer().encode(texts[name]).ids])
+    return torch.tensor([n for name in names for n in tokenizer(vocabulary).encode(texts[name]).ids])
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-"""Benchmarks of training: the step against other trainers, on a GPU, and what feeds it.
+"""Benchmarks of training: the step against other trainers and loops, and what feeds it.
 
     python benchmarks/training step                 # samples a second and peak memory, against Hugging Face and a loop
     python benchmarks/training step --only bert-32x128
+    python benchmarks/training gpt                  # a GPT of 12 M parameters on a CPU, against a loop by hand
     python benchmarks/training packing              # fill, planning time and padding on lengths by Zipf's law
 
 Each verb goes on where it stopped or begins anew, and writes to benchmarks/results what it found.

@@ -4,7 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
-VERBS = {"memory": "memory", "packing": "packing", "step": "step"}
+VERBS = {"gpt": "gpt", "memory": "memory", "packing": "packing", "step": "step"}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in VERBS:

@@ -4,6 +4,8 @@
 - of a `console` or `bash` block, the lines that begin with `$ ` run; one without such lines runs whole
 - a `text` block right behind another block is what that block prints
 - `<!-- not run: reason -->` before a block leaves it out; `<!-- needs: a, b -->` where those packages are not installed
+- `<!-- page needs: a, b -->` skips the whole page where they are not. A name that ends in .tar.gz is a package's source
+  archive, which `make` puts below the environment's share/archives; the page finds it in its folder
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -29,6 +32,21 @@ _FENCE = re.compile(
 )
 
 
+_PAGE_NEEDS = re.compile(r"<!-- page needs: ([^>]+?) -->")
+ARCHIVES = Path(sys.prefix) / "share" / "archives"
+
+
+def present(name: str) -> bool:
+    """Whether a package is installed, or its source archive is here."""
+    return (ARCHIVES / name).is_file() if name.endswith(".tar.gz") else importlib.util.find_spec(name) is not None
+
+
+def page_needs(text: str) -> list[str]:
+    """What a page cannot do without."""
+    found = _PAGE_NEEDS.search(text)
+    return found[1].split(", ") if found else []
+
+
 def blocks(text: str) -> list[dict[str, str]]:
     """The blocks of a page that are run, each with its kind, its code and what it should print."""
     found: list[dict[str, str]] = []
@@ -39,7 +57,7 @@ def blocks(text: str) -> list[dict[str, str]]:
             found[-1]["prints"] = code
         end = None
         needs = match["needs"].split(", ") if match["needs"] else []
-        missing = [package for package in needs if importlib.util.find_spec(package) is None]
+        missing = [package for package in needs if not present(package)]
         if kind not in ("python", "console", "bash") or missing or (match["skip"] and not needs):
             continue
         title = re.search(r'title="([^"]+)"', match["info"])
@@ -91,11 +109,17 @@ DRIVER = textwrap.dedent(
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", PAGES)
 def test_the_page_runs(name, tmp_path):
+    text = (ROOT / name).read_text()
+    needs = page_needs(text)
+    if missing := [what for what in needs if not present(what)]:
+        pytest.skip(f"not here: {', '.join(missing)} (make test puts them there)")
     (tmp_path / "driver.py").write_text(DRIVER)
-    shown = blocks((ROOT / name).read_text())
+    shown = blocks(text)
     (tmp_path / "blocks.json").write_text(json.dumps(shown))
     place = tmp_path / "place"
     place.mkdir()
+    for archive in (what for what in needs if what.endswith(".tar.gz")):
+        shutil.copy(ARCHIVES / archive, place)
     paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     # One thread: threads of torch that wait for each other on a busy machine make a page ten times slower.
     environment = {**os.environ, "PATH": os.pathsep.join(paths), "COLUMNS": "110", "OMP_NUM_THREADS": "1"}
@@ -168,6 +192,13 @@ def test_blocks_are_told_apart():
         {"kind": "file", "code": "x = 1\n", "name": "a.py"},
         {"kind": "shell", "code": "echo a\necho b"},
     ]
+
+
+@pytest.mark.tiny
+def test_a_page_names_what_it_needs():
+    text = "words\n\n<!-- page needs: json, no_such_package, none-1.0.tar.gz -->\n\n```python\nprint(1)\n```\n"
+    assert [present(what) for what in page_needs(text)] == [True, False, False]
+    assert page_needs("<!-- needs: json -->") == []
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from ._epoch import Place, check_loader, size_note, steps_in_epoch
 from ._evaluate import evaluate, example_inputs, mode, placed, predict
 from ._folder import find
 from ._frozen import FrozenBase
+from ._heap import kept_heap
 from ._interrupt import Interrupts, Terminated
 from ._loop import by_signal, interrupted, run
 from ._objective import LossFunction, Objective, Penalty
@@ -191,6 +192,7 @@ class Trainer:
             stack.enter_context(mode(self.model, True))
             stack.enter_context(deterministic_kernels(self.config.deterministic))
             stack.enter_context(cpu_threads(self.config.threads))
+            stack.enter_context(kept_heap(self.device))
             with preserved_rng(self.device):  # importing rich draws from python's generator
                 watch = Watch(self, total, continued=self.resumed or self._restarted)
                 self._watch = stack.enter_context(watch)
