@@ -214,9 +214,17 @@ def from_page(make: Callable[[dict[str, Any]], page.Page]) -> Callable[[dict[str
 
     def made_of(found: dict[str, Any]) -> str:
         head, body, below = make(found)
-        return "\n\n".join(part for part in (table(head, body), "\n".join(below), measured_on(found)) if part)
+        if not body:
+            return "Not measured."
+        where = measured_on(found.get("about", found))
+        return "\n\n".join(part for part in (table(head, body), "\n".join(below), where) if part)
 
     return made_of
+
+
+def for_each(make: Callable[[dict[str, Any]], page.Page]) -> Callable[..., str]:
+    """One table after the other, of several files of one form."""
+    return lambda *found: "\n\n".join(from_page(make)(one) for one in found if one)
 
 
 def kernels(found: dict[str, Any]) -> str:
@@ -255,6 +263,10 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "joint": (("joint",), from_page(page.joint)),
     "training-step": (("training_step",), from_page(training_page.step)),
     "training-gpt": (("training_gpt",), from_page(training_page.gpt)),
+    "training-lora": (("training_step",), from_page(training_page.lora)),
+    "training-memory": (("training_memory", "training_memory_cuda"), for_each(training_page.memory)),
+    "training-loss": (("training_loss",), from_page(training_page.loss)),
+    "packing": (("packing",), from_page(training_page.packing)),
     "four-bits": (("four_bits",), from_page(page.four_bits)),
     "quantization-exports": (("quantization_exports",), from_page(page.exports)),
 }

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from optimize_zoo import about
 from torch import Tensor, nn
 
@@ -32,93 +31,17 @@ from deepseek_r1.core import ConfigError, atomic
 from deepseek_r1.train import MemoryPlanner, Objective, checkpoint_every
 from deepseek_r1.train.memory import measured_peak
 
-RESULT = Path(__file__).parents[1] / "results" / "training_memory.json"
+from .modules import GPT, ResNet
+from .step import now
+
+RESULTS = Path(__file__).parents[1] / "results"
 WIDTHS = (6, 8, 9, 8, 6, 16, 18)
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35)
 
 
-class Block(nn.Module):
-    """GPT-2's block: attention and a perceptron, each behind a norm, with dropout."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.qkv, self.out = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(0.1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, t, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, d)
-        x = x + F.dropout(self.out(a), 0.1, self.training)
-        return x + self.mlp(self.norm2(x))
-
-
-class GPT(nn.Module):
-    """GPT-2's decoder with tied embeddings; ids [N, T] to logits [N, vocabulary, T]."""
-
-    def __init__(self, vocabulary: int, dim: int, depth: int, heads: int, length: int) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, dim), nn.Embedding(length, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocabulary, bias=False)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.head(self.norm(x)).transpose(1, 2)
-        return out
-
-
-class Bottleneck(nn.Module):
-    """ResNet's block of three convolutions, with operations in place."""
-
-    def __init__(self, inside: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
-        self.relu = nn.ReLU(inplace=True)
-        self.shortcut: nn.Module | None = None
-        if stride != 1 or inside != 4 * width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inside, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        y += x if self.shortcut is None else self.shortcut(x)
-        out: Tensor = self.relu(y)
-        return out
-
-
-class ResNet(nn.Module):
-    """He et al., arXiv 1512.03385; (3, 8, 36, 3) blocks and width 64 make ResNet-152."""
-
-    def __init__(self, blocks: tuple[int, ...], width: int, classes: int = 1000) -> None:
-        super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)
-        self.pool = nn.MaxPool2d(3, 2, 1)
-        self.stages, inside = nn.ModuleList(), width
-        for stage, count in enumerate(blocks):
-            layers = []
-            for k in range(count):
-                layers.append(Bottleneck(inside, width * 2**stage, 2 if stage and not k else 1))
-                inside = 4 * width * 2**stage
-            self.stages.append(nn.Sequential(*layers))
-        self.fc = nn.Linear(inside, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.relu(self.bn(self.conv(x))))
-        for stage in self.stages:
-            x = stage(x)
-        out: Tensor = self.fc(x.mean((2, 3)))
-        return out
+def result(device: torch.device) -> Path:
+    """The file of a device's results."""
+    return RESULTS / ("training_memory.json" if device.type == "cpu" else "training_memory_cuda.json")
 
 
 def cases(device: torch.device) -> dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]]:
@@ -323,13 +246,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--torch-knob", action="store_true", help="also torch's activation_memory_budget (compiles)")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--since", default="", help="a date: what is stored from before it is forgotten")
+    parser.add_argument("--out", type=Path, help="default: a file for CPUs and one for GPUs in benchmarks/results")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     shares = [float(s) for s in options.shares.split(",")]
-    results: dict[str, Any] = {}
+    out = options.out or result(device)
+    results: dict[str, Any] = json.loads(out.read_text())["results"] if out.is_file() else {}
+    results = {name: found for name, found in results.items() if found.get("date", "") >= options.since}
     for name, case in cases(device).items():
         if options.only and name not in options.only.split(","):
             continue
@@ -337,8 +263,8 @@ def main(arguments: list[str]) -> int:
         bench = Bench(case, device)
         profiled = time.perf_counter() - began
         results[name] = measured(name, bench, shares, options.rounds, options.torch_knob)
-        results[name] |= {"profile_seconds": profiled, "same_gradients": same_gradients(bench, shares)}
-        atomic.write_json(options.out, {"about": about(str(device)), "results": results})
+        results[name] |= {"profile_seconds": profiled, "same_gradients": same_gradients(bench, shares), "date": now()}
+        atomic.write_json(out, {"about": about(str(device)), "results": results})
         del bench
         gc.collect()
     print(table(results))

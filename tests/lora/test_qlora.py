@@ -213,3 +213,28 @@ def test_compiled_whole(wide, ids):
     model = disturb(get_peft_model(wide, LoraConfig(r=4, target_modules=["q_proj"]), base_dtype="nf4"))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [None, *STORED])
+def test_compiled_it_keeps_no_dense_weight(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64))
+    model = disturb(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"), base_dtype=dtype)).train()
+    x = torch.randn(4, 64, requires_grad=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def gradients(called):
+        saved = []
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+                y = called(x)
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        sizes = {t.numel() for t in saved if t.untyped_storage().data_ptr() not in own}
+        return torch.autograd.grad(y.float().square().sum(), wanted), max(sizes)
+
+    (mine, largest), (theirs, _) = gradients(compiled), gradients(model)
+    assert largest < 64 * 256, "the weights have as many values"
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one - other).abs().max() < 0.05 * other.abs().max()

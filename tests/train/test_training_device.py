@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deepseek_r1 import TrainingConfig
 from deepseek_r1.core import ConfigError
+from deepseek_r1.lora import LoraConfig, get_peft_model
 from deepseek_r1.train import Callback, Objective, Trainer, resolve, train_step
 from deepseek_r1.train._blocks import block_runs, compiled, share_in_blocks
 from deepseek_r1.train._config import _choose_compile
@@ -20,6 +21,7 @@ from deepseek_r1.train._device_step import Graphs, device_step, signature
 from deepseek_r1.train._logs import NAME, read_lines
 
 CPU = torch.device("cpu")
+LORA = LoraConfig(r=2, target_modules="all-linear")
 
 
 def _net() -> nn.Module:
@@ -242,6 +244,12 @@ def test_blocks_are_compiled_in_place_and_back() -> None:
     assert len(counted) == 1, "blocks alike share what was compiled"
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)
     assert all(block._compiled_call_impl is None for block in blocks)
+
+
+def test_weights_in_fewer_bits_count_in_what_auto_compiles() -> None:
+    blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64, bias=False)) for _ in range(4))
+    model = get_peft_model(nn.ModuleDict({"words": nn.Embedding(64, 64), "blocks": blocks}), LORA, base_dtype="nf4")
+    assert _choose_compile(torch.device("cuda"), model)[0] == "blocks"
 
 
 def test_what_auto_compiles() -> None:

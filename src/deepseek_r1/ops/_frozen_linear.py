@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from ..core import InputError
 
@@ -102,12 +103,19 @@ def _plain(x: Tensor, dense: Dense, stored: tuple[Tensor, ...], bias: Tensor | N
     dtype = compute_dtype(x)
     with _exact_types(x.device.type):
         x = x.to(dtype)
-        y = torch.nn.functional.linear(x, dense(dtype, *stored), None if bias is None else bias.to(dtype))
+        y = torch.nn.functional.linear(x, _made_anew(dense, dtype, stored), None if bias is None else bias.to(dtype))
         if pair is None:
             return y
         kept = torch.nn.functional.dropout(x, pair.dropout) if pair.dropout else x
         low = torch.nn.functional.linear(kept, pair.a.to(dtype))
         return y + pair.scale * torch.nn.functional.linear(low, pair.b.to(dtype))
+
+
+def _made_anew(dense: Dense, dtype: torch.dtype, stored: tuple[Tensor, ...]) -> Tensor:
+    """The dense weight; a compiler is told to make it again in the backward pass, as it would keep it otherwise."""
+    if not torch.compiler.is_compiling() or (dense is cast_weight and stored[0].dtype == dtype):
+        return dense(dtype, *stored)
+    return checkpoint(dense, dtype, *stored, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
 def _exact_types(device: str) -> AbstractContextManager[Any]:

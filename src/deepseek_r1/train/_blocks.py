@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 #: Compiled variants of one `forward` that torch keeps: blocks of one class differ in shapes, in training or not.
 _VARIANTS = 64
@@ -37,9 +38,14 @@ def block_runs(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def share_in_blocks(model: nn.Module, runs: list[list[nn.Module]]) -> float:
-    """The share of a model's parameters that lie in these blocks."""
-    inside = {id(p): p.numel() for run in runs for block in run for p in block.parameters()}
-    return sum(inside.values()) / max(1, sum(p.numel() for p in model.parameters()))
+    """The share of a model's numbers, weights that are stored in fewer bits included, that lie in these blocks."""
+    inside = {id(t): t.numel() for run in runs for block in run for t in _held(block)}
+    return sum(inside.values()) / max(1, sum(t.numel() for t in _held(model)))
+
+
+def _held(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers: a quantised weight is among the buffers."""
+    return chain(module.parameters(), module.buffers())
 
 
 @contextlib.contextmanager
