@@ -84,7 +84,9 @@ def test_auto_is_settled_once_with_reasons():
 
 
 def test_explicit_choices_are_honoured():
-    given = TrainingConfig(device="cpu", precision="bf16", compile=True, cuda_graph=False, async_save=True)
+    given = TrainingConfig(
+        device="cpu", precision="bf16", compile=True, cuda_graph=False, async_save=True, save_frozen=True
+    )
     assert resolve(given, nn.Linear(2, 2)) == (given, {})
 
 

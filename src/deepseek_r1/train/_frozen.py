@@ -80,7 +80,8 @@ def frozen_tensors(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tens
     held = ((name, p) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad)
     found: dict[str, Tensor] = {}
     for name, tensor in (*held, *_packed(model)):
-        entry = state.get(name)
+        if (entry := state.get(name)) is None:
+            continue
         # A hook may have put something else there; subclasses and sparse tensors have no plain bytes.
         plain = not is_lazy(tensor) and type(entry) in (Tensor, nn.Parameter) and entry.layout == torch.strided
         if plain and not tensor.is_meta and entry.data_ptr() == tensor.data_ptr() and entry.shape == tensor.shape:
