@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...core import InputError
@@ -397,8 +398,10 @@ def _swapped(buffers: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]
     """Modules with these buffers instead of their own: running statistics count a batch once."""
     own = [(module, name, module._buffers[name]) for module, name, _ in buffers]
     try:
-        for module, name, value in buffers:
-            module._buffers[name] = value.clone()
+        # Not an operator of the block, for those who watch its operators.
+        with _disable_current_modes():
+            for module, name, value in buffers:
+                module._buffers[name] = value.clone()
         yield
     finally:
         for module, name, before in own:
