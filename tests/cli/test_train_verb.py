@@ -115,7 +115,7 @@ def test_every_option_reaches_the_configuration(config, tmp_path):
         ("model.py:build --device tpu", "one of 'auto', 'cpu', 'cuda'"),
         ("model.py:build --device 99", "torch finds"),
         ("model.py:build --optimizer best", "optimizer='best' is unknown. Known: adamw, adamw8bit, paged_adamw8bit, "),
-        ("model.py:build --optimizer AdamW8", "optimizer='AdamW8' is unknown. Did you mean 'adamw8bit'?"),
+        ("model.py:build --optimizer AdamW-8bit", "optimizer='AdamW-8bit' is unknown. Did you mean 'adamw8bit'?"),
         ("model.py:build --optimizer ''", "optimizer='' is unknown"),
         ("model.py:build --optimizer muon --weight-decay -1", "weight_decay=-1.0): the value must be a number >= 0"),
         ("model.py:build --lr -1", "a finite number > 0"),

@@ -348,7 +348,7 @@ def net():
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_the_trainer_makes_each_by_name_and_class(name):
-    lr = {"adaptive": 0.05, "lion": 1e-3}.get(name, 5e-3)
+    lr = {"adaptive": 0.05, "lion": 1e-3, "sgd": 0.05}.get(name, 5e-3)
     trainer = Trainer(net(), data(), lr=lr, optimizer=name, config=TrainingConfig(weight_decay=0.1))
     report = trainer.train(epochs=6)
     assert trainer.history[-1]["train_loss"] < 0.6 * trainer.history[0]["train_loss"]
@@ -513,7 +513,7 @@ class TestOnAGPU:
 
     @pytest.mark.parametrize("name", BY_NAME)
     def test_the_trainer_trains_with_each(self, name):
-        trainer = Trainer(net(), data(), lr={"adaptive": 0.05, "lion": 1e-3}.get(name, 5e-3), optimizer=name)
+        trainer = Trainer(net(), data(), lr={"adaptive": 0.05, "lion": 1e-3, "sgd": 0.05}.get(name, 5e-3), optimizer=name)
         trainer.train(epochs=6)
         assert trainer.history[-1]["train_loss"] < 0.7 * trainer.history[0]["train_loss"]
 
