@@ -200,7 +200,7 @@ def our_lora_llama(small: bool, base_dtype: str | None = None) -> nn.Module:
 
 
 def _resnet(own: bool, small: bool) -> nn.Module:
-    depths = (1, 2) if small else (3, 8, 36, 3)
+    depths = (2, 3) if small else (3, 8, 36, 3)
     if not own:
         model: nn.Module = ResNet(depths, 8 if small else 64)
     else:
@@ -218,7 +218,7 @@ def _lora(small: bool, length: int, steps: tuple[int, int]) -> Case:
     ours = contestants.ours
     return Case(
         partial(peft_llama, small), _tokens(length, 500 if small else 128_000), 4, partial(our_lora_llama, small),
-        labels=True, steps=steps, memory_gb=limits[0], tokens=length,
+        labels=True, steps=steps, memory_gb=limits[0], tokens=length, workers=0 if small else 4,
         contestants={
             "hugging face": contestants.hugging_face, "ours": ours,
             "ours, nf4": partial(ours, model=partial(our_lora_llama, small, "nf4"), memory_gb=limits[1]),

@@ -34,9 +34,9 @@ from .cases import bert
 from .step import current, now
 
 RESULT = Path(__file__).parents[1] / "results" / "training_loss.json"
-LR, DECAY, STEPS = 1e-4, 0.01, 200
+LR, DECAY, STEPS = 5e-5, 0.01, 200
 #: The two words that are counted, and how often each stands in a text in which it is the rarer one, or the other.
-WORDS, RARE, OFTEN, WRONG = (5, 6), 0.15, 0.3, 0.1
+WORDS, RARE, OFTEN, WRONG = (5, 6), 0.1, 0.4, 0.1
 
 
 def texts(batches: int, batch: int, length: int, words: int, seed: int) -> list[dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deepseek_r1 import TrainingConfig
 from deepseek_r1.core import ConfigError
 from deepseek_r1.lora import LoraConfig, get_peft_model
+from deepseek_r1.models import ResNet, ResNetConfig
 from deepseek_r1.train import Callback, Objective, Trainer, resolve, train_step
 from deepseek_r1.train._blocks import block_runs, compiled, share_in_blocks
 from deepseek_r1.train._config import _choose_compile
@@ -244,6 +245,29 @@ def test_blocks_are_compiled_in_place_and_back() -> None:
     assert len(counted) == 1, "blocks alike share what was compiled"
     torch.testing.assert_close(copy.deepcopy(model)(x), expected)
     assert all(block._compiled_call_impl is None for block in blocks)
+
+
+def test_blocks_of_several_shapes_are_compiled_for_each() -> None:
+    dynamic: list[bool] = []
+
+    def backend(module: Any, inputs: list[Any]) -> Any:
+        sizes = [size for value in inputs if isinstance(value, Tensor) for size in value.shape]
+        dynamic.append(any(isinstance(value, torch.SymInt) for value in [*inputs, *sizes]))
+        return module
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=(16, 32, 64), depths=(2, 2, 2), layer_type="basic")
+    model = ResNet(config)
+    blocks = [block for run in block_runs(model.resnet.encoder) for block in run]
+    with compiled(blocks, backend=backend):
+        model(torch.randn(2, 3, 64, 64))
+    assert len(dynamic) > 3
+    assert not any(dynamic)
+    dynamic.clear()
+    alike = nn.Sequential(_Block(), _Block())
+    with compiled(list(alike), backend=backend):
+        for length in (3, 5, 7):
+            alike(torch.randn(length, 3))
+    assert dynamic == [False, True], "batches of several lengths share what was compiled for any"
 
 
 def test_weights_in_fewer_bits_count_in_what_auto_compiles() -> None:

@@ -52,14 +52,19 @@ def _held(module: nn.Module) -> Iterator[Tensor]:
 def compiled(modules: list[nn.Module], **options: Any) -> Iterator[None]:
     """Modules run through `torch.compile` inside the block, in place: names, hooks and classes stay as they are.
 
-    Blocks of one shape share what was compiled for the first of them.
+    Blocks of one shape share what was compiled for the first of them. A class whose blocks differ in shape, as in the
+    stages of a convolutional network, is compiled for each shape by itself: torch would take the second block's input
+    for the first one's with other lengths, and make slower code for any length.
     """
+    kinds: dict[type, set[Any]] = {}
+    for module in modules:
+        kinds.setdefault(type(module), set()).add(_signature(module))
     before = [module._compiled_call_impl for module in modules]
     with torch._dynamo.config.patch(recompile_limit=_VARIANTS), warnings.catch_warnings():
         # Torch looks at the gradient of what a block reads, and warns of its own look (2.13).
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         for module in modules:
-            module.compile(**options)
+            module.compile(dynamic=False if len(kinds[type(module)]) > 1 else None, **options)
         try:
             yield
         finally:

@@ -231,7 +231,8 @@ class Region:
                 values[leaf.call, leaf.place] if isinstance(leaf, _Input) else twins[id(leaf)] for leaf in call.inputs
             ]
             args, kwargs = tree_unflatten(leaves, call.spec)
-            with call.state(cached=False):
+            # Compiled code keeps no copies in autocast's cache, and would be compiled anew for another setting of it.
+            with call.state(cached=self.compiled):
                 buffers = [(module, name) for module, name, _ in call.buffers]
                 output = through(call.run, args, kwargs, buffers, number == 0)
             found = tree_flatten(output)[0]
