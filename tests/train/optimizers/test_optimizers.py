@@ -513,7 +513,9 @@ class TestOnAGPU:
 
     @pytest.mark.parametrize("name", BY_NAME)
     def test_the_trainer_trains_with_each(self, name):
-        trainer = Trainer(net(), data(), lr={"adaptive": 0.05, "lion": 1e-3, "sgd": 0.05}.get(name, 5e-3), optimizer=name)
+        trainer = Trainer(
+            net(), data(), lr={"adaptive": 0.05, "lion": 1e-3, "sgd": 0.05}.get(name, 5e-3), optimizer=name
+        )
         trainer.train(epochs=6)
         assert trainer.history[-1]["train_loss"] < 0.7 * trainer.history[0]["train_loss"]
 
