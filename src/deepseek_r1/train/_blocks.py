@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .memory._partial import DYNAMIC
+
 #: Compiled variants of one `forward` that torch keeps: blocks of one class differ in shapes, in training or not.
 _VARIANTS = 64
 
@@ -64,7 +66,9 @@ def compiled(modules: list[nn.Module], **options: Any) -> Iterator[None]:
         # Torch looks at the gradient of what a block reads, and warns of its own look (2.13).
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         for module in modules:
-            module.compile(dynamic=False if len(kinds[type(module)]) > 1 else None, **options)
+            dynamic = False if len(kinds[type(module)]) > 1 else None
+            module.compile(dynamic=dynamic, **options)
+            setattr(module._compiled_call_impl, DYNAMIC, dynamic)
         try:
             yield
         finally:

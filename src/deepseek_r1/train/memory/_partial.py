@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+#: The attribute of a compiled call that says whether it is for any length (`dynamic` of `torch.compile`).
+DYNAMIC = "_deepseek_r1_dynamic"
 #: What makes code of the graphs once the compiler has chosen what is saved.
 _COMPILER = "inductor"
 
@@ -45,4 +47,5 @@ def partial_form(run: Callable[..., Any], share: float) -> Callable[..., Any]:
     """
     if not is_compiled(run):
         return run
-    return torch.compile(run._torchdynamo_orig_callable, backend=_backend(share))  # type: ignore[attr-defined]
+    original: Callable[..., Any] = run._torchdynamo_orig_callable  # type: ignore[attr-defined]
+    return torch.compile(original, backend=_backend(share), dynamic=getattr(run, DYNAMIC, None))
