@@ -1,14 +1,15 @@
 """Training under a limit of memory: is the promise kept, and what does it cost?
 
-    python benchmarks/training memory [--device cuda] [--only transformer] [--shares 1,0.5,0.35] [--out FILE]
+    python benchmarks/training memory [--device cuda] [--only llama] [--shares 1,0.5,0.35] [--out FILE]
 
-For a transformer (GPT-2's size on a GPU, a small one on a CPU) and ResNet-152 (a narrow ResNet-50 on a CPU), a row for
-each limit, given as a share of the activations of a step that keeps everything: the limit, the predicted and the real
-peak, the time of a step (forward, backward, update) relative to keeping everything, whether the gradients are the same
-to the bit, and the same of its rivals: the fastest of checkpointing every block, every second, every third... whose
-real peak is not above ours, and torch's own `activation_memory_budget` on the compiled model at the same share, which
-promises no peak. Real peaks are the allocator's own (`torch.cuda.max_memory_allocated`; on a CPU all its allocations
-are recorded). Ways take turns; times are the fastest of the rounds. Weights and data are random.
+For the Llama shape with 1.24 billion parameters (on a CPU a narrow Llama of 8 layers, and a GPT with dropout) and
+ResNet-152 (on a CPU a narrow ResNet-50), a row for each limit, given as a share of the activations of a step that
+keeps everything: the limit, the predicted and the real peak, the time of a step (forward, backward, update) relative
+to keeping everything, whether the gradients are the same to the bit, and the same of its rivals: the fastest of
+checkpointing every block, every second, every third... whose real peak is not above ours, and torch's own
+`activation_memory_budget` on the compiled model at the same share, which promises no peak. Real peaks are the
+allocator's own (`torch.cuda.max_memory_allocated`; on a CPU all its allocations are recorded). Ways take turns; times
+are the fastest of the rounds. Weights and data are random.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from deepseek_r1.core import ConfigError, atomic
 from deepseek_r1.train import MemoryPlanner, Objective, checkpoint_every
 from deepseek_r1.train.memory import measured_peak
 
+from .cases import llama
 from .modules import GPT, ResNet
 from .step import now
 
@@ -48,17 +51,15 @@ def cases(device: torch.device) -> dict[str, tuple[Callable[[], nn.Module], Call
     """Name -> (model, batch, precision)."""
     if device.type == "cuda":
         return {
-            "transformer": (
-                lambda: GPT(50_257, 768, 12, 12, 1024),
-                lambda: (torch.randint(0, 50_257, (16, 1024)), torch.randint(0, 50_257, (16, 1024))), "bf16",
-            ),
+            "llama": (partial(llama, False, False), partial(_tokens, 128_256, 4, 4096), "bf16"),
             "resnet152": (
                 lambda: ResNet((3, 8, 36, 3), 64),
                 lambda: (torch.randn(128, 3, 224, 224), torch.randint(0, 1000, (128,))), "bf16",
             ),
         }  # fmt: skip
     return {
-        "transformer": (
+        "narrow-llama": (_narrow_llama, partial(_tokens, 2048, 4, 256), "fp32"),
+        "gpt-with-dropout": (
             lambda: GPT(512, 256, 8, 4, 128),
             lambda: (torch.randint(0, 512, (8, 128)), torch.randint(0, 512, (8, 128))), "fp32",
         ),
@@ -67,6 +68,22 @@ def cases(device: torch.device) -> dict[str, tuple[Callable[[], nn.Module], Call
             lambda: (torch.randn(16, 3, 96, 96), torch.randint(0, 10, (16,))), "fp32",
         ),
     }  # fmt: skip
+
+
+def _tokens(words: int, batch: int, length: int) -> dict[str, Tensor]:
+    ids = torch.randint(0, words, (batch, length))
+    return {"input_ids": ids, "labels": ids}
+
+
+def _narrow_llama() -> nn.Module:
+    from deepseek_r1.models import Llama, LlamaConfig
+
+    return Llama(
+        LlamaConfig(
+            vocab_size=2048, hidden_size=256, intermediate_size=1024, num_hidden_layers=8,
+            num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=256,
+        )
+    )  # fmt: skip
 
 
 class Bench:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from deepseek_r1.core import InputError
-from deepseek_r1.data import unpack_batch
-from deepseek_r1.data._batch import batch_size, slice_batch, tensors, to_device
+from deepseek_r1.data import batch_size, slice_batch, tensors, to_device, unpack_batch
 
 pytestmark = pytest.mark.tiny
 X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._batch import batch_size, slice_batch, unpack_batch
+from ._batch import batch_size, map_tensors, slice_batch, tensors, to_device, unpack_batch
 from ._buckets import choose_shapes
 from ._digits import digits
 from ._domain import DomainAdapter, DomainMixture, term_mask
@@ -27,12 +27,15 @@ __all__ = [
     "class_hits",
     "digits",
     "load_data",
+    "map_tensors",
     "pack_lengths",
     "pack_stream",
     "per_sample_loss",
     "sample_weights",
     "slice_batch",
     "split",
+    "tensors",
     "term_mask",
+    "to_device",
     "unpack_batch",
 ]

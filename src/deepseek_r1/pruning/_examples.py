@@ -11,8 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..core import InputError
-from ..data import batch_size, unpack_batch
-from ..data._batch import slice_batch, to_device
+from ..data import batch_size, slice_batch, to_device, unpack_batch
 from ..graph import as_inputs, evaluation
 
 #: Samples in the inputs that the graph is captured with and that surgery is checked on.

@@ -17,8 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..core import ConfigError, InputError, NonFiniteLossError, progress
-from ..data import batch_size, unpack_batch
-from ..data._batch import slice_batch, to_device
+from ..data import batch_size, slice_batch, to_device, unpack_batch
 from ..graph import evaluation
 from ..train import Objective
 from ._config import PruneConfig

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..core import Budget, ConfigError, InputError, Report
-from ..data._batch import to_device
+from ..data import to_device
 from ..graph import as_inputs
 from ._allocate import Bill, GroupCurve, Ladder, curve_of, parameters_of
 from ._compress import Compression, parameters_in

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import Report
-from ..data import batch_size, unpack_batch
-from ..data._batch import to_device
+from ..data import batch_size, to_device, unpack_batch
 from ..train import Objective, Trainer, TrainingConfig
 from ._config import PruneConfig
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..data._batch import map_tensors, tensors
+from ..data import map_tensors, tensors
 from ._objective import Objective
 from ._step import accumulate, found_on_device
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data._batch import batch_size, slice_batch, tensors, to_device, unpack_batch
+from ..data import batch_size, slice_batch, tensors, to_device, unpack_batch
 from ._objective import Objective
 from ._rng import preserved_rng
 from ._step import autocast

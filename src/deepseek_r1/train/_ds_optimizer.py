@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..core import ConfigError, InputError, Report
-from ..data._batch import batch_size, slice_batch, unpack_batch
+from ..data import batch_size, slice_batch, unpack_batch
 from ._config import TrainingConfig, resolve
 from ._evaluate import mode, placed
 from ._objective import LossFunction, Objective

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import InputError
-from ..data._batch import batch_size, slice_batch, to_device, unpack_batch
+from ..data import batch_size, slice_batch, to_device, unpack_batch
 from ._epoch import batches, empty_loader
 from ._objective import Objective, default_metrics
 from ._rng import loader_state, preserved_rng, set_loader_state

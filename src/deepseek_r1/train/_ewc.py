@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core import ArtifactError, ConfigError, InputError, atomic
-from ..data._batch import batch_size, slice_batch, to_device, unpack_batch
+from ..data import batch_size, slice_batch, to_device, unpack_batch
 from ._epoch import batches, check_loader, empty_loader
 from ._evaluate import mode
 from ._objective import LossFunction, Objective

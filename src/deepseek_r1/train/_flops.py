@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..data._batch import batch_size, to_device, unpack_batch
+from ..data import batch_size, to_device, unpack_batch
 from ._rng import preserved_rng
 
 #: Dense peaks by data sheet in TFLOP/s: 16-bit, TF32, fp32. The first name that is a word of the device's decides.

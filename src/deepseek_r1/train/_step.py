@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..data._batch import batch_size, slice_batch, to_device, unpack_batch
+from ..data import batch_size, slice_batch, to_device, unpack_batch
 from ._clip import clip_grad_norm_, same_kind, total_norm
 from ._objective import Objective
 

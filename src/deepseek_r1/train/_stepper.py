@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core import ConfigError, InputError, NonFiniteLossError
-from ..data._batch import batch_size, unpack_batch
+from ..data import batch_size, unpack_batch
 from ._blocks import block_runs, compiled
 from ._config import TrainingConfig
 from ._device_run import BadStep, DeviceRun

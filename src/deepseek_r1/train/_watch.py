@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core import progress
-from ..data._batch import tensors, unpack_batch
+from ..data import tensors, unpack_batch
 from ._flops import device_peak, step_flops
 from ._logs import RunLog
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...core import Report
-from ...data._batch import batch_size, slice_batch, unpack_batch
+from ...data import batch_size, slice_batch, unpack_batch
 from .._objective import Objective
 from ._apply import Applied
 from ._manual import Checkpointed, checkpoint_every

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...core import InputError
-from ...data._batch import to_device, unpack_batch
+from ...data import to_device, unpack_batch
 from .._step import autocast
 from ._apply import buffers_of
 from ._intercept import Interception

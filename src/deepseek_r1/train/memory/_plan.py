@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...core import ConfigError, InputError, Report, probe
-from ...data._batch import to_device
+from ...data import to_device
 from .._objective import LossFunction, Objective
 from ._apply import COMPRESS, KEEP, OFFLOAD, PARTIAL, RECOMPUTE, Applied, BlockPlan
 from ._profile import SHARES, Profile, profile

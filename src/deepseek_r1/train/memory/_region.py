@@ -169,7 +169,7 @@ class Region:
         number = len(self._groups) - 1
 
         def pack(tensor: Tensor) -> Any:
-            if _static(tensor):
+            if static(tensor):
                 return tensor
             holder = _Holder(self, number, tensor)
             group.holders.append(weakref.ref(holder))
@@ -262,7 +262,7 @@ class Region:
 
         def pack(tensor: Tensor) -> Any:
             nonlocal missing
-            if _static(tensor):
+            if static(tensor):
                 return tensor
             reference = next(left, None)
             if reference is None:
@@ -359,7 +359,7 @@ def dropped() -> saved_tensors_hooks:
     return saved_tensors_hooks(undisturbed(_nothing), _same)
 
 
-def _static(tensor: Tensor) -> bool:
+def static(tensor: Tensor) -> bool:
     """Parameters and views of them live anyway."""
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
@@ -21,6 +22,9 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     create_selective_checkpoint_contexts,
 )
+
+from ._intercept import undisturbed
+from ._region import static
 
 #: An operator of a block: its name and the how-manieth of that name it is.
 Operator = tuple[str, int]
@@ -116,10 +120,19 @@ def operator_sets(run: Callable[[], Any], device: torch.device) -> list[frozense
 
 
 def _traced(run: Callable[[], Any], device: torch.device) -> list[_Op]:
+    """The operators up to the last tensor that is saved: running the block again ends there."""
     trace = _Trace(device)
-    with trace:
+    needed = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal needed
+        if not static(tensor):
+            needed = len(trace.ops)
+        return tensor.detach()
+
+    with saved_tensors_hooks(undisturbed(pack), lambda tensor: tensor), trace:
         run()
-    return trace.ops
+    return trace.ops[:needed]
 
 
 def contexts(kept: frozenset[Operator]) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...data._batch import tensors
+from ...data import tensors
 from .._objective import Objective
 from .._step import accumulate
 from ._apply import buffers_of
