@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 from torch import nn
 
 from deepseek_r1.train.memory._region import Region
-from deepseek_r1.train.memory._selective import contexts, operator_sets
+from deepseek_r1.train.memory._selective import _most_seconds, _Op, contexts, operator_sets
 
 
 class Feedforward(nn.Module):
@@ -36,3 +39,16 @@ def test_gradients_with_any_set_are_those_without():
         output = Region(contexts=contexts(kept)).call(block, (x,), {})
         found = torch.autograd.grad(output.square().sum(), [x, *block.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2, 0.01])
+def test_the_operators_kept_are_the_best_of_all_sets_within_the_bytes(share):
+    draw = torch.Generator().manual_seed(3)
+    seconds, sizes = torch.rand(8, generator=draw).tolist(), torch.randint(1, 40, (8,), generator=draw).tolist()
+    ops = [_Op((str(i), 0), s, n << 20, True, False) for i, (s, n) in enumerate(zip(seconds, sizes, strict=True))]
+    limit = share * sum(op.nbytes for op in ops)
+    every = (c for size in range(9) for c in itertools.combinations(ops, size))
+    best = max(sum(op.seconds for op in c) for c in every if sum(op.nbytes for op in c) <= limit)
+    kept = _most_seconds(ops, limit)
+    assert sum(op.nbytes for op in ops if op.key in kept) <= limit
+    assert sum(op.seconds for op in ops if op.key in kept) == pytest.approx(best)
