@@ -235,33 +235,22 @@ class _Measurement:
         self.meter.mark(("gap", index))
 
     def _ways(self, kind: _Kind, unit: Unit, region: Region, parameters: list[nn.Parameter]) -> None:
-        kind.ways = {KEEP: _Way(KEEP), RECOMPUTE: _Way(RECOMPUTE)}
         began = time.perf_counter()
         patience = self._left / max(1, self._kinds - kind.number)
         self._look(kind, unit, region)
-        for name in (KEEP, RECOMPUTE):
-            self._measure(kind, name, region, parameters, patience / 4)
-        if self._selective_fits(unit, region) and time.perf_counter() - began < patience:
+        kind.ways = {KEEP: _Way(KEEP), RECOMPUTE: _Way(RECOMPUTE)}
+        if self._selective_fits(unit, region) and time.perf_counter() - began < patience / 4:
             plain = partial(region.isolated, lambda run, args, kwargs, buffers, first: run(*args, **kwargs))
-            for number, kept in enumerate(operator_sets(plain, self.device)):
-                name = f"{SELECTIVE} {number + 1}"
-                self._try(kind, name, _Way(SELECTIVE, kept), region, parameters, patience / 8)
+            sets = operator_sets(plain, self.device)
+            kind.ways |= {f"{SELECTIVE} {number + 1}": _Way(SELECTIVE, kept) for number, kept in enumerate(sets)}
         if self.shares and region.compiled and kind.draws:
             kind.refused[PARTIAL] = "the compiler would draw other random numbers the second time"
-        for share in self.shares if region.compiled and not kind.draws else ():
-            self._try(kind, f"{PARTIAL} {share:g}", _Way(PARTIAL, share=share), region, parameters, patience / 8)
+        elif region.compiled:
+            kind.ways |= {f"{PARTIAL} {share:g}": _Way(PARTIAL, share=share) for share in self.shares}
         if self.compress:
-            self._try(kind, COMPRESS, _Way(COMPRESS), region, parameters, patience / 8)
+            kind.ways[COMPRESS] = _Way(COMPRESS)
+        self._measure(kind, region, parameters, patience)
         self._left = max(0.0, self._left - (time.perf_counter() - began))
-
-    def _try(
-        self, kind: _Kind, name: str, way: _Way, region: Region, parameters: list[nn.Parameter], patience: float
-    ) -> None:
-        """Measure a way that may turn out not to work."""
-        kind.ways[name] = way
-        self._measure(kind, name, region, parameters, patience)
-        if name not in kind.nbytes:
-            del kind.ways[name]
 
     def _look(self, kind: _Kind, unit: Unit, region: Region) -> None:
         """See whether a unit that keeps everything keeps its input, and its output."""
@@ -277,29 +266,30 @@ class _Measurement:
         compiled = any(hasattr(m, "_orig_mod") for m in modules) or region.compiled
         return not compiled and (len(modules) > 1 or next(modules[0].children(), None) is not None)
 
-    def _measure(self, kind: _Kind, name: str, region: Region, parameters: list[nn.Parameter], patience: float) -> None:
-        """Run a unit by itself in one way, a few times."""
-        call = _caller(kind.ways[name])
-        best: tuple[float, float] | None = None
+    def _measure(self, kind: _Kind, region: Region, parameters: list[nn.Parameter], patience: float) -> None:
+        """Run a unit by itself in each way, a few times; ways take turns, so that a disturbance hits all of them."""
+        compiles = any(way.action == PARTIAL for way in kind.ways.values())
         began = time.perf_counter()
         for turn in range(_TIMES):
-            try:
-                seconds = self._once(region, parameters, call, (kind.number, name, turn))
-                if turn == 0 and kind.ways[name].action == PARTIAL:
-                    # The first turn compiled.
-                    began, seconds = time.perf_counter(), (math.inf, math.inf)
-            except Exception as e:  # the compiler has errors of many kinds
-                if name in (KEEP, RECOMPUTE) or isinstance(e, torch.OutOfMemoryError):
-                    raise
-                kind.refused[name] = str(e).splitlines()[0]
-                return
-            # The first turn finds caches cold; the fastest of all is what is left of noise.
-            best = seconds if best is None else (min(best[0], seconds[0]), min(best[1], seconds[1]))
-            if math.isfinite(best[0]) and time.perf_counter() - began > patience:
+            for name, way in list(kind.ways.items()):
+                try:
+                    seconds = self._once(region, parameters, _caller(way), (kind.number, name, turn))
+                except Exception as e:  # the compiler has errors of many kinds
+                    if name in (KEEP, RECOMPUTE) or isinstance(e, torch.OutOfMemoryError):
+                        raise
+                    kind.refused[name] = str(e).splitlines()[0]
+                    del kind.ways[name]
+                    kind.seconds.pop(name, None)
+                    continue
+                # The first turn finds caches cold; the fastest of all is what is left of noise.
+                best = kind.seconds.get(name, (math.inf, math.inf))
+                kind.seconds[name] = (min(best[0], seconds[0]), min(best[1], seconds[1]))
+            if turn == 0 and compiles:
+                # It compiled.
+                kind.seconds.clear()
+                began = time.perf_counter()
+            elif time.perf_counter() - began > patience:
                 break
-        assert best is not None, "a way is measured at least once"
-        kind.seconds[name] = best
-        kind.nbytes[name] = (0, 0, 0)
 
     def _once(
         self, region: Region, parameters: list[nn.Parameter], call: Callable[..., Any], label: Any
@@ -362,7 +352,7 @@ class _Measurement:
 
     def _read_kinds(self, peaks: dict[Any, Interval]) -> None:
         for kind in self.kinds.values():
-            for name in kind.nbytes:
+            for name in kind.seconds:
                 found = []
                 for turn in range(_TIMES):
                     label = (kind.number, name, turn)
@@ -381,10 +371,13 @@ class _Measurement:
         choices = []
         # Measured times scatter; a choice that computes more is never faster.
         least = {KEEP: 0.0, RECOMPUTE: 0.5 * fast[0]}
+        selective = [name for name in kind.nbytes if kind.ways[name].action == SELECTIVE]
+        extra = dict(zip(selective, _rising([kind.seconds[name][1] - fast[1] for name in selective]), strict=True))
         for name in kind.nbytes:
             held, forward, backward = (own - other for own, other in zip(kind.nbytes[name], base, strict=True))
-            extra = 0.0 if name == KEEP else max(kind.seconds[name][1] - fast[1], least.get(name, 0.02 * fast[0]), 1e-7)
-            choices.append(Choice(name=name, held=max(0, held), forward=forward, backward=backward, seconds=extra))
+            more = max(extra.get(name, kind.seconds[name][1] - fast[1]), least.get(name, 0.02 * fast[0]), 1e-7)
+            seconds = 0.0 if name == KEEP else more
+            choices.append(Choice(name=name, held=max(0, held), forward=forward, backward=backward, seconds=seconds))
         if self.offload:
             choices.append(self._offloaded(kind, choices[0]))
         return tuple(choices), base[1], fast[0]
@@ -399,6 +392,21 @@ class _Measurement:
         return Choice(
             name=OFFLOAD, held=0, forward=2 * keep.held, backward=keep.held + max(0, keep.backward), seconds=wait
         )
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """The nearest numbers (least squares) that never fall; sets of operators come from the largest to the smallest.
+
+    The algorithm is that of pooling neighbours that violate the order (Ayer et al., 1955).
+    """
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        total, count = value, 1
+        while pools and pools[-1][0] / pools[-1][1] > total / count:
+            before = pools.pop()
+            total, count = total + before[0], count + before[1]
+        pools.append((total, count))
+    return [total / count for total, count in pools for _ in range(count)]
 
 
 def _caller(way: _Way) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """Selective recomputation: which operators of a block keep their outputs, solved for several amounts of memory.
 
 Knows one block at a time: traces its operators with time and bytes, chooses by a small integer program (HiGHS), and
-makes the contexts of `torch.utils.checkpoint.create_selective_checkpoint_contexts` for a set of operators.
+makes the contexts of a block's two forward passes for a set of operators. torch has such contexts, too
+(`torch.utils.checkpoint.create_selective_checkpoint_contexts`), which take some 60 microseconds an operator.
 """
 
 from __future__ import annotations
@@ -10,19 +11,16 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import (
-    SAC_IGNORED_OPS,
-    CheckpointPolicy,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 from ._intercept import undisturbed
 from ._region import static
@@ -146,14 +144,72 @@ def _traced(run: Callable[[], Any], device: torch.device) -> list[_Op]:
     return trace.ops[:needed]
 
 
+class _Eager(TorchDispatchMode):
+    """A mode for blocks that are not compiled: spared the guard against the compiler at each operator."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Keep(_Eager):
+    """Stores the outputs of some operators of the forward pass."""
+
+    def __init__(self, kept: frozenset[Operator]) -> None:
+        super().__init__()
+        self.numbers = {name: {number for own, number in kept if own == name} for name, _ in kept}
+        #: (name, number) -> output with the versions of its tensors.
+        self.stored: dict[Operator, tuple[Any, list[int]]] = {}
+        self._count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = _name(func)
+        if name in self.numbers:
+            key = name, self._count[name]
+            self._count[name] += 1
+            if key[1] in self.numbers[name]:
+                # The tensor itself is about to become part of autograd's graph.
+                alike = tree_map_only(Tensor, torch.detach, output)
+                self.stored[key] = alike, _versions(alike)
+        return output
+
+
+class _Reuse(_Eager):
+    """Gives what was stored in place of running its operator again; each once."""
+
+    def __init__(self, keep: _Keep) -> None:
+        super().__init__()
+        self._keep = keep
+        self._count: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        self._count.clear()
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _name(func)
+        if name in self._keep.numbers:
+            key = name, self._count[name]
+            self._count[name] += 1
+            output, versions = self._keep.stored.pop(key, (None, None))
+            # Changed in place since, or asked for by a second backward pass, it is computed again.
+            if output is not None and versions == _versions(output):
+                return output
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _name(func: Any) -> str:
+    return str(func)
+
+
+def _versions(output: Any) -> list[int]:
+    return [tensor._version for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
+
+
 def contexts(kept: frozenset[Operator]) -> tuple[Any, Any]:
     """Contexts for the two forward passes of a block that keep the outputs of these operators."""
-    count: Counter[str] = Counter()
-
-    def policy(_: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        name = str(func)
-        number = count[name]
-        count[name] += 1
-        return CheckpointPolicy.MUST_SAVE if (name, number) in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
+    keep = _Keep(kept)
+    return keep, _Reuse(keep)
