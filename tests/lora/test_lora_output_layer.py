@@ -139,11 +139,13 @@ def test_an_output_layer_that_is_trained_in_full(kind):
         torch.testing.assert_close(model(TOKENS), base(TOKENS))
 
 
-def test_hooks_of_the_output_layer_are_called(kind):
-    model, seen = make(kind), []
-    model.lm_head.register_forward_hook(lambda *_: seen.append(1))
-    loss_of(model)
-    assert seen
+def test_a_label_out_of_range_is_named_with_and_without_an_adapter(kind):
+    labels = TOKENS.clone()
+    labels[1, 4] = 50
+    plain = make(kind)
+    for model in (plain, get_peft_model(plain, LoraConfig(r=2, target_modules=["lm_head"]))):
+        with pytest.raises(InputError, match=r"the label 50 is out of range: labels are 0 to 49 .* -100"):
+            model(TOKENS, labels=labels)
 
 
 def test_a_tied_embedding_with_an_adapter_is_not_merged(kind):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core import InputError
-from ..ops import linear_cross_entropy
+from ..ops import known_labels, linear_cross_entropy
 
 IGNORED = -100
 #: Tokens whose logits exist at once where the output layer has to be called.
@@ -101,12 +101,12 @@ def next_token_loss(
 
     Args:
         output: the output layer, or the matrix [V, D]. A plain `nn.Linear` is not called but read, which makes logits
-            and gradients in one pass; any other module (with an adapter, with few bits, with hooks) is called.
+            and gradients in one pass; any other module (with an adapter, with few bits) is called.
     """
     following = next_tokens(labels, sequence_ids)
     if isinstance(output, Tensor):
         return linear_cross_entropy(hidden_BLD, output, following, ignore_index=IGNORED)
-    if type(output).forward is nn.Linear.forward and not output._forward_hooks and not output._forward_pre_hooks:
+    if type(output).forward is nn.Linear.forward:
         weight, bias = cast(nn.Linear, output).weight, cast(nn.Linear, output).bias
         return linear_cross_entropy(hidden_BLD, weight, following, bias, ignore_index=IGNORED)
     total = torch.zeros((), device=hidden_BLD.device)
@@ -121,4 +121,6 @@ def next_token_loss(
 def _summed_loss(output: nn.Module, hidden_CD: Tensor, labels_C: Tensor) -> Tensor:
     logits_CV = output(hidden_CD)
     logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
-    return F.cross_entropy(logits_CV, labels_C.long(), ignore_index=IGNORED, reduction="sum")
+    labels_C, wrong = known_labels(labels_C, logits_CV.shape[1], IGNORED)
+    loss = F.cross_entropy(logits_CV, labels_C, ignore_index=IGNORED, reduction="sum")
+    return loss * torch.where(wrong, torch.nan, 1.0)
