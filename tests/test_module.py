@@ -12,6 +12,7 @@ from deepseek_r1.cli._inputs import load_weights_
 from deepseek_r1.core import ArtifactError, InputError, PluginError, UnsafeFileError
 from deepseek_r1.deploy import export
 from deepseek_r1.graph import Program, capture
+from deepseek_r1.models import GPT2, GPT2Config
 from deepseek_r1.module import DSModule, load_model
 
 X = torch.randn(3, 4)
@@ -92,6 +93,7 @@ def files(tmp_path_factory):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
     torch.save(net.state_dict(), folder / "weights.pth")
+    (folder / "notes.txt").write_text("nothing")
     (folder / "net.py").write_text(
         "import torch\nfrom pathlib import Path\n\n\ndef build():\n"
         "    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())\n"
@@ -141,15 +143,32 @@ def test_from_onnx(files):
         ("{}/weights.pth", InputError, "weights without a model"),
         ("weights.safetensors", InputError, "weights without a model"),
         ("{}", InputError, "without a manifest.json"),
-        ("gpt2", InputError, "is no model that can be loaded. Give file.py:factory"),
+        ("gpt2", InputError, "openai-community/gpt2 in "),
+        ("llama-7b", InputError, "'llama-7b' was not found on this machine. Looked for: "),
+        ("org/name", InputError, "models--org--name"),
+        ("model", InputError, "A model may also be file.py:factory"),
+        ("{}/notes.txt", InputError, "is no model that can be loaded. Give a name such as gpt2 or org/name, file.py"),
+        ("a b", InputError, "is no model that can be loaded"),
         ("nowhere:gpt2", PluginError, "unknown model source 'nowhere'"),
         ("", InputError, ""),
     ],
 )
-def test_what_is_no_model(files, spec, error, message):
+def test_what_is_no_model(files, spec, error, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(error) as caught:
         load_model(spec.format(files[0]))
     assert message in str(caught.value)
+
+
+def test_names_and_directories_of_hugging_face(monkeypatch, tmp_path):
+    config = GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / "1"
+    GPT2(config).save_pretrained(snapshot)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for spec in ("gpt2", "openai-community/gpt2", "hf:gpt2", snapshot, f"hf:{snapshot}"):
+        model = load_model(spec)
+        assert isinstance(model, GPT2)
+        assert model.config.vocab_size == 9
 
 
 def test_damaged_files_are_refused(files, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -18,7 +19,10 @@ from .core.artifact import is_artifact
 from .deploy import export
 from .engines import Executable, optimize
 from .graph import PLAIN, Program, StaticOptions, load_pt2, run_static
-from .models import SOURCES, load_factory, load_keras, load_onnx, load_tensorflow
+from .models import SOURCES, load_factory, load_hf, load_keras, load_onnx, load_tensorflow
+
+#: A short name, or a repository `org/name`.
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class DSModule(torch.nn.Module):
@@ -228,10 +232,11 @@ def load_model(spec: str | os.PathLike[str]) -> torch.nn.Module | Program:
     Args:
         spec: `file.py:factory` (a function or class that gives a module), `model.onnx`, `program.pt2` (a captured
             graph by torch.export.save), `program.dr1`, `model.keras`, `model.h5`, the directory of an Artifact or a
-            SavedModel of TensorFlow, or `source:what` with a registered source.
+            SavedModel of TensorFlow, or `source:what` with a registered source. A short name (`gpt2`, `llama-7b`), a
+            repository `org/name` or a directory with a `config.json` is one of `hf:`.
 
     Raises:
-        InputError: none of these, or the file or factory is missing.
+        InputError: none of these, or the file or factory is missing; for a name, where it was looked for.
         ArtifactError, UnsafeFileError: the file is damaged, or carries code.
         PluginError: unknown source.
     """
@@ -263,12 +268,20 @@ def load_model(spec: str | os.PathLike[str]) -> torch.nn.Module | Program:
         raise InputError(
             f"{text} holds weights without a model. Give the model as file.py:factory and these as its weights."
         )
+    if path.is_dir() and (path / "config.json").is_file():
+        return load_hf(path)
     if path.is_dir():
         raise InputError(
-            f"{text} is a directory without a manifest.json, so it is no Artifact, and without a saved_model.pb, so it "
-            "is no SavedModel."
+            f"{text} is a directory without a manifest.json, so it is no Artifact, without a saved_model.pb, so it is "
+            "no SavedModel, and without a config.json, so it is no model in the layout of Hugging Face."
         )
-    raise InputError(
-        f"{text!r} is no model that can be loaded. Give file.py:factory, a .onnx, .pt2, .dr1, .keras or .h5 file, the "
-        f"directory of an Artifact or a SavedModel, or one of the sources {', '.join(SOURCES.names())} as source:name."
+    forms = (
+        "file.py:factory, a .onnx, .pt2, .dr1, .keras or .h5 file, the directory of an Artifact or a SavedModel, or "
+        f"one of the sources {', '.join(SOURCES.names())} as source:name"
     )
+    if path.exists() or not _NAME.fullmatch(text):
+        raise InputError(f"{text!r} is no model that can be loaded. Give a name such as gpt2 or org/name, {forms}.")
+    try:
+        return load_hf(text)
+    except InputError as e:
+        raise InputError(f"{e} A model may also be {forms}.") from e

@@ -85,6 +85,15 @@ def test_labels_become_class_indices_by_a_stated_rule():
     assert (indices.tolist(), names) == ([0, 1, 1], ("-1", "1"))
     values, names = class_indices(np.array([0.5, 1.5]), "t")
     assert (values.dtype, names) == (np.float32, None)
+    tokens, names = class_indices(np.array([[3, -100], [5, 3]], dtype=np.int32), "t", tokens=(2, 2))
+    assert (tokens.dtype, tokens.tolist(), names) == (np.int64, [[3, -100], [5, 3]], None)
+
+
+def test_labels_of_tokens_that_cannot_be_used_are_named():
+    with pytest.raises(InputError, match=r"shape \(2, 2\); one label for each sample.* or one for each token"):
+        class_indices(np.ones((2, 2), dtype=int), "t", tokens=(2, 3))
+    with pytest.raises(InputError, match=r"token 1 of sample 0 is -1; .*-100"):
+        class_indices(np.array([[0, -1]]), "t", tokens=(1, 2))
 
 
 @pytest.mark.parametrize(

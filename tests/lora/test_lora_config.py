@@ -6,7 +6,9 @@ import json
 import pytest
 
 from deepseek_r1.core import ArtifactError, ConfigError
-from deepseek_r1.lora import LoraConfig
+from deepseek_r1.lora import LoraConfig, get_peft_model
+
+from .conftest import Net
 
 
 def test_defaults_are_peft_s():
@@ -102,3 +104,63 @@ def test_what_changes_nothing_is_passed_over():
     values = {"peft_type": "LORA", "peft_version": "9", "corda_config": None, "loftq_config": {}, "use_qalora": False,
               "a_field_of_tomorrow": None, "init_lora_weights": "eva", "inference_mode": True}  # fmt: skip
     assert LoraConfig.from_dict(values) == LoraConfig(init_lora_weights="eva")
+
+
+def test_code_written_for_peft_runs():
+    values = {"peft_type": "LORA", "inference_mode": False, "revision": None, "base_model_name_or_path": "org/name",
+              "layer_replication": None, "lora_bias": False, "target_parameters": None, "loftq_config": {}}  # fmt: skip
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", **values)
+    assert config == LoraConfig(r=4, task_type="CAUSAL_LM")
+    assert not set(values) & set(config.to_dict())
+    assert dataclasses.replace(config, r=8).r == 8
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("inference_mode", True, "must be False.*PeftModel.from_pretrained"),
+        ("peft_type", "IA3", "must be 'LORA'"),
+        ("lora_bias", True, "must be False"),
+        ("layer_replication", [[0, 2]], "must be None"),
+        ("target_parameters", ["experts.weight"], "must be None"),
+        ("trainable_token_indices", [3], "must be None"),
+    ],
+)
+def test_peft_s_fields_that_would_change_something_are_errors(field, value, words):
+    with pytest.raises(ConfigError, match=rf"LoraConfig\({field}=.*{words}"):
+        LoraConfig(**{field: value})
+
+
+class PeftConfig:
+    """What PEFT's config objects have in common."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def to_dict(self):
+        plain = {
+            "peft_type": "LORA",
+            "task_type": None,
+            "inference_mode": False,
+            "lora_bias": False,
+            "loftq_config": {},
+        }
+        return {**plain, **self.values}
+
+
+def test_peft_s_own_config_is_taken(net, ids):
+    model = get_peft_model(net, PeftConfig(r=3, target_modules={"v_proj", "q_proj"}, corda_config=None))
+    assert model.peft_config["default"] == LoraConfig(r=3, target_modules=["q_proj", "v_proj"])
+    model.add_adapter("second", PeftConfig(r=2, target_modules="all-linear"))
+    assert model.peft_config["second"].r == 2
+    for values, words in (
+        ({"peft_type": "IA3"}, "of the kind 'IA3'"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"inference_mode": True}, "inference_mode=True"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights"),
+        ({"r": 0}, "an integer >= 1"),
+    ):
+        with pytest.raises(ConfigError, match=rf"add_adapter\(config=PeftConfig\): .*{words}"):
+            model.add_adapter("third", PeftConfig(**values))
+    with pytest.raises(ConfigError, match=r"peft_config=dict\): a LoraConfig is needed"):
+        get_peft_model(Net(), {"r": 8})

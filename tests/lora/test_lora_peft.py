@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from deepseek_r1.core import ConfigError
 from deepseek_r1.lora import LoraConfig, PeftModel, get_peft_model
 
 from .conftest import Net
@@ -135,3 +136,15 @@ def test_as_many_numbers_are_trained(capsys):
         theirs = peft.get_peft_model(_llama(), peft.LoraConfig(**fields))
         ours = get_peft_model(_llama(), LoraConfig(**fields))
         assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+
+
+def test_peft_s_config_object_is_taken():
+    values = {"inference_mode": False, "r": 8, "lora_alpha": 32, "lora_dropout": 0.1}
+    theirs = peft.LoraConfig(task_type=peft.TaskType.CAUSAL_LM, target_modules=["q_proj"], **values)
+    model = get_peft_model(Net(), theirs)
+    expected = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **values)
+    assert model.peft_config["default"] == expected
+    with pytest.raises(ConfigError, match="lora_bias=True"):
+        get_peft_model(Net(), peft.LoraConfig(target_modules=["q_proj"], lora_bias=True))
+    with pytest.raises(ConfigError, match="of the kind 'IA3'"):
+        get_peft_model(Net(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))

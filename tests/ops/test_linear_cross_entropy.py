@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_r1.core import InputError
-from deepseek_r1.ops import linear_cross_entropy
+from deepseek_r1.ops import known_labels, linear_cross_entropy
 
 
 def _case(rows=7, size=5, words=11, *, bias=True, ignored=0.3, dtype=torch.float32, seed=0):
@@ -217,6 +217,57 @@ def test_types_that_do_not_fit():
         linear_cross_entropy(hidden, weight.bfloat16(), labels)
     with pytest.raises(InputError, match="chunk_rows=0"):
         linear_cross_entropy(hidden, weight, labels, chunk_rows=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+@pytest.mark.parametrize("label", [-1, 11, 500, -101])
+def test_a_label_out_of_range_is_named(label, dtype):
+    leaves, labels = _case()
+    labels = labels.to(dtype)
+    labels[3] = label
+    with pytest.raises(
+        InputError, match=rf"the label {label} is out of range: labels are 0 to 10 .* or -100 \(ignore_index"
+    ):
+        linear_cross_entropy(leaves[0], leaves[1], labels)
+    with pytest.raises(InputError, match=rf"the label {label} is out of range"):
+        torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")(leaves[0], leaves[1], labels)
+
+
+def test_an_ignored_label_may_be_any():
+    leaves, labels = _case(ignored=0)
+    for ignored in (500, -1, 3):
+        kept = torch.where(torch.arange(7) < 3, ignored, torch.where(labels == ignored, 0, labels))
+        loss = linear_cross_entropy(leaves[0], leaves[1], kept, ignore_index=ignored)
+        torch.testing.assert_close(
+            loss, F.cross_entropy(leaves[0][3:] @ leaves[1].T, kept[3:], ignore_index=ignored), msg=str(ignored)
+        )
+
+
+def test_labels_that_nobody_can_wait_for_become_ignored():
+    @torch.compile(fullgraph=True, backend="eager")
+    def known(labels):
+        return known_labels(labels, 11)
+
+    labels, wrong = known(torch.tensor([3, -1, -100, 11, 0]))
+    assert labels.tolist() == [3, -100, -100, -100, 0]
+    assert bool(wrong)
+    assert not bool(known(torch.tensor([3, 10, -100]))[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("label", [-1, 11, 2**40])
+def test_on_a_gpu_a_label_out_of_range_is_no_number(label, dtype):
+    leaves, labels = _case(dtype=dtype)
+    leaves = [t.detach().cuda().requires_grad_() for t in leaves]
+    labels[3] = label
+    loss, grads = _ours(leaves, labels.cuda())
+    assert loss.isnan()
+    assert all(g.isnan().all() for g in grads)
+    good, grads = _ours(leaves, torch.zeros_like(labels).cuda())
+    assert good.isfinite()
+    assert all(g.isfinite().all() for g in grads), "the device goes on"
 
 
 @pytest.mark.gpu

@@ -34,7 +34,8 @@ def _every_verb(
 ) -> None:
     """Take a PyTorch module all the way: train, compress, make static, ship and check.
 
-    A MODEL is file.py:factory, an .onnx, .pt2, .dr1, .keras or .h5 file, or the folder of an artifact or a SavedModel.
+    A MODEL is file.py:factory, an .onnx, .pt2, .dr1, .keras or .h5 file, the folder of an artifact or a SavedModel, or
+    the name of a model of Hugging Face on this machine, such as gpt2 or org/name.
     Data is a folder of images by class, an .npz, .csv or .jsonl file, file.py:loader, or the word digits.
 
     Exit codes: 0 done, 1 a check failed, 2 wrong use.

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from ._inputs import Opened
 
 Model = Annotated[
-    str, typer.Argument(help="file.py:factory, an .onnx, .pt2, .dr1, .keras or .h5 file, an artifact or a SavedModel.")
+    str,
+    typer.Argument(
+        help="file.py:factory, an .onnx, .pt2, .dr1, .keras or .h5 file, an artifact, a SavedModel, or a name such as "
+        "gpt2 or org/name."
+    ),
 ]
 Data = Annotated[
     str | None,

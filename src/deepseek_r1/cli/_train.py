@@ -51,7 +51,7 @@ def train_model(
     )
     if isinstance(opened.model, Program):
         raise InputError(
-            f"{model} is a captured graph, which cannot be trained; give file.py:factory or an .onnx file."
+            f"{model} is a captured graph, which cannot be trained; give file.py:factory, an .onnx file or a name."
         )
     loader = opened.part("train")
     assert loader is not None, "--data is a needed option"

@@ -16,12 +16,13 @@ _Accumulation = typer.Option(
     help="Batches for one optimizer step.",
 )  # fmt: skip
 _Fp16 = typer.Option("--fp16-enable", "--fp16_enable", metavar="True|False", help="True: the same as --precision fp16.")
+_MODEL = "file.py:factory, an .onnx, .keras or .h5 file, a SavedModel, or a name such as gpt2 or org/name."
 
 
 @verb(show=with_sections)
 def train(
     data: NeededData,
-    model: Annotated[str | None, typer.Argument(help="file.py:factory, or an .onnx file.")] = None,
+    model: Annotated[str | None, typer.Argument(help=_MODEL)] = None,
     named: Annotated[str | None, typer.Option("--model", help="The same as the argument.", metavar="MODEL")] = None,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, weights and report.")] = Path("runs/train"),
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training part, all resumed ones counted.")] = 5,

@@ -82,7 +82,7 @@ def _from_pair(
     if not x.size:
         raise InputError(f"{name} is empty: its inputs have shape {x.shape}.")
     inputs, steps = _model_ready(x, name)
-    labels, names = class_indices(y, name)
+    labels, names = class_indices(y, name, inputs.shape if inputs.dtype == np.int64 else None)
     if names is None and labels.ndim == 1:
         # One column, as a layer with one output gives it: a flat target would broadcast against it.
         labels = labels[:, None]

@@ -18,6 +18,8 @@ from ._loader import DSDataLoader
 FRACTIONS = (0.7, 0.1, 0.2)
 #: More class indices than this are surely something else (years, identifiers).
 _MOST_CLASSES = 100_000
+#: The label of a token that does not count, as in torch's cross entropy.
+IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,22 +124,34 @@ def _cuts(count: int, fractions: tuple[float, float, float]) -> tuple[int, int]:
     return count - sum(sizes), count - sizes[1]
 
 
-def class_indices(y: np.ndarray, where: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
+def class_indices(
+    y: np.ndarray, where: str, tokens: tuple[int, ...] | None = None
+) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """Labels as class indices (int64) and class names; quantities come back as float32 and None.
 
     Integers from 0 on are class indices already and stay as they are. Texts, truth values and other integers are
-    classes in sorted order. Decimal numbers are quantities.
+    classes in sorted order. Decimal numbers are quantities. Integers of the shape of token ids are one for each token,
+    stay as they are, and have no names.
+
+    Args:
+        tokens: the shape [N, T] of inputs that are integers; None: the inputs are something else.
 
     Raises:
-        InputError: a single class, an index beyond any number of classes, or a label that is not a finite number.
+        InputError: a single class, an index beyond any number of classes, a label that is not a finite number, or more
+            than one label for each sample or token.
     """
     if y.dtype.kind == "f":
         bad = np.flatnonzero(~np.isfinite(y.reshape(len(y), -1)).all(axis=1))
         if len(bad):
             raise InputError(f"{where}: the label of sample {bad[0]} is not a finite number.")
         return y.astype(np.float32), None
+    if y.ndim == 2 and y.shape == tokens and y.dtype.kind in "iu":
+        return _token_labels(y.astype(np.int64), where), None
     if y.ndim != 1:
-        raise InputError(f"{where}: class labels have shape {y.shape}; one label for each sample is needed.")
+        raise InputError(
+            f"{where}: class labels have shape {y.shape}; one label for each sample is needed, or one for each token "
+            "where the inputs are token ids [N, T]."
+        )
     names, indices = np.unique(y, return_inverse=True)
     if len(names) < 2:
         raise InputError(f"{where}: every label is {names[0].item()!r}; at least two classes are needed.")
@@ -148,6 +162,17 @@ def class_indices(y: np.ndarray, where: str) -> tuple[np.ndarray, tuple[str, ...
             )
         return y.astype(np.int64), tuple(str(i) for i in range(int(names[-1]) + 1))
     return indices.reshape(-1).astype(np.int64), tuple(str(n) for n in names)
+
+
+def _token_labels(y: np.ndarray, where: str) -> np.ndarray:
+    bad = np.argwhere((y < 0) & (y != IGNORED))
+    if len(bad):
+        row, place = bad[0]
+        raise InputError(
+            f"{where}: the label of token {place} of sample {row} is {y[row, place]}; token ids from 0 on are needed, "
+            f"or {IGNORED} for what does not count."
+        )
+    return y
 
 
 def from_arrays(

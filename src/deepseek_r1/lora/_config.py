@@ -6,26 +6,22 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..core import ArtifactError, ConfigError
+from ._foreign import ForeignFields, kind_of, unknown
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
-#: Fields of PEFT's file that change nothing in what an adapter computes, or say who wrote it.
-_BESIDE = frozenset((
-    "auto_mapping", "base_model_name_or_path", "revision", "peft_type", "peft_version", "inference_mode",
-    "megatron_core", "loftq_config", "qalora_group_size", "ensure_weight_tying", "eva_config",
-))  # fmt: skip
 #: Initial values that PEFT knows and that only matter before the first step, so that files with them can be read.
 _FOREIGN_INITS = ("orthogonal", "eva", "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(ForeignFields):
     """Low-rank adapters: a frozen weight W becomes W + s B A with A of `r` rows and B of `r` columns.
 
     The scale s is `lora_alpha / r`. Frozen: derive another with `dataclasses.replace`.
@@ -54,6 +50,9 @@ class LoraConfig:
         task_type: None or PEFT's name of the task. "SEQ_CLS" and "TOKEN_CLS" add a classifier (`classifier`, `score`)
             to modules_to_save, "QUESTION_ANS" `qa_outputs`.
 
+    PEFT's further fields (`inference_mode`, `revision`, `lora_bias`, ...) are taken where they change nothing, and not
+    kept; another value is an error.
+
     Raises:
         ConfigError: a field has a value that is not allowed; the message says what is.
 
@@ -79,7 +78,8 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     task_type: str | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, *foreign: Any) -> None:
+        super().__post_init__(*foreign)
         if not _count(self.r):
             self._refuse("r", "an integer >= 1")
         if not _number(self.lora_alpha) or self.lora_alpha <= 0:
@@ -183,14 +183,11 @@ class LoraConfig:
             >>> LoraConfig.from_dict({"peft_type": "LORA", "r": 4, "layer_replication": None}).r
             4
         """
-        kind = getattr(values.get("peft_type", "LORA"), "value", values.get("peft_type", "LORA"))
-        if kind != "LORA":
+        if (kind := kind_of(values)) != "LORA":
             raise ArtifactError(f"the adapter is of the kind {kind!r}; LORA is what can be read here.")
         known = {f.name for f in fields(cls)}
         taken = {name: value for name, value in values.items() if name in known and value is not None}
-        foreign = {n: v for n, v in values.items() if n not in known and n not in _BESIDE and v not in (None, False)}
-        foreign = {n: v for n, v in foreign.items() if not (isinstance(v, list | dict) and not v)}
-        if foreign:
+        if foreign := unknown({n: v for n, v in values.items() if n not in known}):
             name, value = next(iter(foreign.items()))
             raise ArtifactError(
                 f"the adapter was made with {name}={value!r}, which this release does not know; without it the adapter "
@@ -203,6 +200,25 @@ class LoraConfig:
                 "it to a plain LoRA with the program that made it."
             )
         return cls(**taken)
+
+
+def as_config(config: Any, where: str) -> LoraConfig:
+    """The config itself, or that of PEFT's own LoraConfig, which is known by its `to_dict()`.
+
+    Raises:
+        ConfigError: neither, or one with a value that this release has no form of.
+    """
+    if isinstance(config, LoraConfig):
+        return config
+    values = config.to_dict() if callable(getattr(config, "to_dict", None)) else None
+    if not isinstance(values, Mapping) or "peft_type" not in values:
+        raise ConfigError(f"{where}={type(config).__name__}): a LoraConfig is needed.")
+    try:
+        if values.get("init_lora_weights") in _FOREIGN_INITS:
+            raise ConfigError("init_lora_weights: initial values that this release knows are True, False, 'gaussian'.")
+        return replace(LoraConfig.from_dict(values), inference_mode=bool(values.get("inference_mode")))
+    except (ArtifactError, ConfigError) as e:
+        raise ConfigError(f"{where}={type(config).__name__}): {e}") from e
 
 
 def parse_config(text: str, where: str) -> LoraConfig:

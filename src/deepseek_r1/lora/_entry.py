@@ -7,8 +7,8 @@ import warnings
 
 from torch import nn
 
-from ..core import ConfigError, InputError
-from ._config import LoraConfig
+from ..core import InputError
+from ._config import LoraConfig, as_config
 from ._model import PeftModel
 from ._put import checked, outline
 from ._quantize import quantize_base
@@ -23,7 +23,7 @@ def get_peft_model(
 
     Args:
         model: any model; its layers are frozen in place, no copy is made.
-        peft_config: which layers, and what kind of adapters.
+        peft_config: which layers, and what kind of adapters; PEFT's own LoraConfig is taken too.
         adapter_name: of the first adapter.
         autocast_adapter_dtype: keep adapters in float32 where the model is in half precision, as is best for training.
         base_dtype: store all frozen linear layers in fewer bits first: "bf16", "fp16", "nf4" or "int4", see
@@ -41,8 +41,7 @@ def get_peft_model(
     """
     if isinstance(model, PeftModel):
         raise InputError("the model has adapters already; model.add_adapter(name, config) adds one.")
-    if not isinstance(peft_config, LoraConfig):
-        raise ConfigError(f"get_peft_model(peft_config={type(peft_config).__name__}): a LoraConfig is needed.")
+    peft_config = as_config(peft_config, "get_peft_model(peft_config")
     found = PeftModel(checked(model))
     before = {id(p): p.requires_grad for p in model.parameters()}
     modules = outline(model)

@@ -72,8 +72,15 @@ def sizes_of(model: nn.Module) -> Sizes:
         linear=sum(a * b for a, b in shapes),
         ends=sum(a + b for a, b in shapes),
         widest=max((a * b for a, b in shapes), default=0),
-        outputs=_shape(last)[1] if last is not None and is_linear(last) else 0,
+        outputs=_outputs(last),
     )
+
+
+def _outputs(last: nn.Module | None) -> int:
+    """Outputs of the output layer, which is the embedding where both are one."""
+    if isinstance(last, nn.Embedding):
+        return last.num_embeddings
+    return _shape(last)[1] if last is not None and is_linear(last) else 0
 
 
 def _shape(layer: Any) -> tuple[int, int]:

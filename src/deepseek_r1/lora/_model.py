@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core import ConfigError, InputError
 from . import _file as disk
-from ._config import LoraConfig
+from ._config import LoraConfig, as_config
 from ._layer import LoraLayer
 from ._put import adapter_dtype, checked, layer_for, outline, replace_module, shared_parameters
 from ._quantize import float_linear, is_quantised, weight_count
@@ -89,8 +89,7 @@ class PeftModel(nn.Module):
             ConfigError: a name that is taken or cannot be one, or no LoraConfig.
             InputError: the config fits no layer of the model, or wants biases trained beside another adapter.
         """
-        if not isinstance(config, LoraConfig):
-            raise ConfigError(f"add_adapter(config={type(config).__name__}): a LoraConfig is needed.")
+        config = as_config(config, "add_adapter(config")
         self._check_name(adapter_name)
         if config.bias != "none" and self.peft_config:
             raise InputError(
@@ -235,8 +234,10 @@ class PeftModel(nn.Module):
         A copy of these weights is kept for `unmerge_adapter`.
 
         Raises:
-            InputError: the base weights are quantised, or a merged weight is not finite.
+            InputError: the base weights are quantised, a merged weight is not finite, or an embedding with an adapter
+                is the output layer too.
         """
+        self._check_not_tied("merge_adapter")
         self._check_mergeable("merge_adapter")
         for _, layer in self._layers():
             layer.merge()
@@ -245,6 +246,16 @@ class PeftModel(nn.Module):
         """Put back the base weights as they were before `merge_adapter`, to the bit."""
         for _, layer in self._layers():
             layer.unmerge()
+
+    def _check_not_tied(self, verb: str) -> None:
+        last = output_layer(self.base_model)
+        for path, layer in self._layers():
+            if layer.active and layer.base_layer is last and isinstance(last, nn.Embedding):
+                raise InputError(
+                    f"{verb}: the weight of {path} makes the model's outputs too, where its adapter does not count; "
+                    "merged it would. Keep the adapter, or use a model whose output layer has a weight of its own "
+                    "(tie_word_embeddings=False)."
+                )
 
     def _check_mergeable(self, verb: str) -> None:
         stored = next((p for p, layer in self._layers() if is_quantised(layer.base_layer) and layer.active), None)
@@ -265,9 +276,11 @@ class PeftModel(nn.Module):
             dequantize: make quantised layers with adapters torch.nn.Linear in float32, with the sum as their weight.
 
         Raises:
-            InputError: base weights are quantised and `dequantize` is False, or a merged weight is not finite.
+            InputError: base weights are quantised and `dequantize` is False, a merged weight is not finite, or an
+                embedding with an adapter is the output layer too.
         """
         self.unmerge_adapter()
+        self._check_not_tied("merge_and_unload")
         if not dequantize:
             self._check_mergeable("merge_and_unload")
         shared = shared_parameters(self.base_model)

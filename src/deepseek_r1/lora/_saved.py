@@ -31,7 +31,7 @@ class SavedModule(nn.Module):
         except AttributeError:
             if name in ("original_module", "modules_to_save"):
                 raise
-            return getattr(self.chosen(self.active), name)
+            return getattr(self._current(), name)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -59,4 +59,7 @@ class SavedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the chosen module gives."""
-        return self.chosen(() if self.disabled else self.active)(*args, **kwargs)
+        return self._current()(*args, **kwargs)
+
+    def _current(self) -> nn.Module:
+        return self.chosen(() if self.disabled else self.active)

@@ -12,6 +12,8 @@ from torch import nn
 from ..core import InputError
 from ..nn import CastLinear, NF4Linear, QuantizedLinear
 from ._config import ALL_LINEAR, LoraConfig
+from ._layer import LoraLayer
+from ._saved import SavedModule
 
 #: Names that query and value projections have in common architectures; the first pair of which a model has all is taken
 #: where the config names no targets, as in the LoRA paper's experiments.
@@ -40,12 +42,16 @@ def can_adapt(module: nn.Module) -> bool:
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that gives a language model's logits, where the model tells it."""
+    """The layer that gives a language model's logits, where the model tells it; as it was before adapters."""
     getter: Any = getattr(model, "get_output_embeddings", None)
     try:
         found = getter() if callable(getter) else None
     except (AttributeError, NotImplementedError):
         return None
+    if isinstance(found, SavedModule):
+        return found.original_module
+    if isinstance(found, LoraLayer):
+        return found.base_layer
     return found if isinstance(found, nn.Module) else None
 
 

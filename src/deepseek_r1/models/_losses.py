@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..core import InputError
-from ..ops import linear_cross_entropy
+from ..ops import known_labels, linear_cross_entropy
 
 IGNORED = -100
+#: Tokens whose logits exist at once where the output layer has to be called.
+CHUNK_ROWS = 512
 
 
 def classification_loss(
@@ -84,6 +89,38 @@ def next_tokens(labels: Tensor, sequence_ids: Tensor | None) -> Tensor:
     return torch.where(same, following, IGNORED)
 
 
-def next_token_loss(hidden_BLD: Tensor, weight_VD: Tensor, labels: Tensor, sequence_ids: Tensor | None) -> Tensor:
-    """The loss of a language model from its last hidden states; labels are the tokens themselves, not shifted."""
-    return linear_cross_entropy(hidden_BLD, weight_VD, next_tokens(labels, sequence_ids), ignore_index=IGNORED)
+def output_logits(hidden: Tensor, output: nn.Module | Tensor) -> Tensor:
+    """Logits [..., V] of hidden states [..., D] by an output layer, or by a matrix [V, D]."""
+    return F.linear(hidden, output) if isinstance(output, Tensor) else output(hidden)
+
+
+def next_token_loss(
+    hidden_BLD: Tensor, output: nn.Module | Tensor, labels: Tensor, sequence_ids: Tensor | None
+) -> Tensor:
+    """The loss of a language model from its last hidden states; labels are the tokens themselves, not shifted.
+
+    Args:
+        output: the output layer, or the matrix [V, D]. A plain `nn.Linear` is not called but read, which makes logits
+            and gradients in one pass; any other module (with an adapter, with few bits) is called.
+    """
+    following = next_tokens(labels, sequence_ids)
+    if isinstance(output, Tensor):
+        return linear_cross_entropy(hidden_BLD, output, following, ignore_index=IGNORED)
+    if type(output).forward is nn.Linear.forward:
+        weight, bias = cast(nn.Linear, output).weight, cast(nn.Linear, output).bias
+        return linear_cross_entropy(hidden_BLD, weight, following, bias, ignore_index=IGNORED)
+    total = torch.zeros((), device=hidden_BLD.device)
+    for hidden_CD, labels_C in zip(
+        hidden_BLD.flatten(0, 1).split(CHUNK_ROWS), following.flatten().split(CHUNK_ROWS), strict=True
+    ):
+        # Logits of all tokens would be the largest tensor of a step: each chunk's are made anew in the backward pass.
+        total = total + checkpoint(_summed_loss, output, hidden_CD, labels_C, use_reentrant=False)
+    return total / (following != IGNORED).sum().clamp(min=1)
+
+
+def _summed_loss(output: nn.Module, hidden_CD: Tensor, labels_C: Tensor) -> Tensor:
+    logits_CV = output(hidden_CD)
+    logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
+    labels_C, wrong = known_labels(labels_C, logits_CV.shape[1], IGNORED)
+    loss = F.cross_entropy(logits_CV, labels_C, ignore_index=IGNORED, reduction="sum")
+    return loss * torch.where(wrong, torch.nan, 1.0)

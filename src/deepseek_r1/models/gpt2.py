@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._attention import attend, check_tokens, packed_positions, split_heads, which_sees_which
 from ._counting import linear_weights, transformer_flops
-from ._losses import next_token_loss
+from ._losses import next_token_loss, output_logits
 from ._pretrained import PretrainedModel
 from ._settings import ACTIVATIONS, ModelConfig
 
@@ -236,10 +235,19 @@ class GPT2(PretrainedModel[GPT2Config]):
         """The output matrix, where it is the table of embeddings."""
         return {"lm_head.weight": "transformer.wte.weight"} if self.lm_head is None else {}
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of embeddings."""
+        return self.transformer.wte
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The module whose weight makes logits of hidden states: the output layer, or the table of embeddings."""
+        return self.transformer.wte if self.lm_head is None else self.lm_head
+
     @property
     def output_weight(self) -> Tensor:
         """The matrix [V, D] that makes logits of hidden states."""
-        return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
+        weight: Tensor = self.get_output_embeddings().weight  # type: ignore[assignment]
+        return weight
 
     def forward(
         self,
@@ -268,9 +276,10 @@ class GPT2(PretrainedModel[GPT2Config]):
             position_ids=position_ids, labels=labels, sequence_ids=sequence_ids,
         )  # fmt: skip
         x_BLD = self.transformer(input_ids, attention_mask, position_ids, sequence_ids)
+        output = self.output_weight if self.lm_head is None else self.lm_head
         if labels is None:
-            return F.linear(x_BLD, self.output_weight)
-        return {"loss": next_token_loss(x_BLD, self.output_weight, labels, sequence_ids)}
+            return output_logits(x_BLD, output)
+        return {"loss": next_token_loss(x_BLD, output, labels, sequence_ids)}
 
     def flops_per_token(self, length: int) -> float:
         """Operations of a training step for each token of texts of this length; see `transformer_flops`."""

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import ConfigError
@@ -30,7 +29,7 @@ from ._attention import (
     which_sees_which,
 )
 from ._counting import linear_weights, transformer_flops
-from ._losses import next_token_loss
+from ._losses import next_token_loss, output_logits
 from ._pretrained import PretrainedModel
 from ._settings import ACTIVATIONS, ModelConfig
 
@@ -287,10 +286,19 @@ class Llama(PretrainedModel[LlamaConfig]):
         """The output matrix, where it is the table of embeddings."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.lm_head is None else {}
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of embeddings."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The module whose weight makes logits of hidden states: the output layer, or the table of embeddings."""
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+
     @property
     def output_weight(self) -> Tensor:
         """The matrix [V, D] that makes logits of hidden states."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        weight: Tensor = self.get_output_embeddings().weight  # type: ignore[assignment]
+        return weight
 
     def forward(
         self,
@@ -319,9 +327,10 @@ class Llama(PretrainedModel[LlamaConfig]):
             position_ids=position_ids, labels=labels, sequence_ids=sequence_ids,
         )  # fmt: skip
         x_BLD = self.model(input_ids, attention_mask, position_ids, sequence_ids)
+        output = self.output_weight if self.lm_head is None else self.lm_head
         if labels is None:
-            return F.linear(x_BLD, self.output_weight)
-        return {"loss": next_token_loss(x_BLD, self.output_weight, labels, sequence_ids)}
+            return output_logits(x_BLD, output)
+        return {"loss": next_token_loss(x_BLD, output, labels, sequence_ids)}
 
     def flops_per_token(self, length: int) -> float:
         """Operations of a training step for each token of texts of this length; see `transformer_flops`."""

@@ -13,7 +13,7 @@ from ._build import BuildError, MissingCompilerError, build_op, include_dir
 from ._frozen_linear import Dense, LowRank, cast_weight, compute_dtype, frozen_linear
 from ._integer_linear import FUNCTIONS, ISAS, MOST_INPUTS, integer_linear, pack_int4, pack_int8
 from ._library import Attribute, Description, describe
-from ._linear_cross_entropy import linear_cross_entropy
+from ._linear_cross_entropy import known_labels, linear_cross_entropy
 from ._native import native_library, native_missing, native_problem
 from ._nf4 import NF4, NF4_BLOCK, NF4_GROUP, NF4_LEVELS, dequantize_nf4, nf4_shapes, nf4_table, quantize_nf4
 from ._packing import pack_uint4, unpack_uint4
@@ -47,6 +47,7 @@ __all__ = [
     "gather_uint4",
     "include_dir",
     "integer_linear",
+    "known_labels",
     "libraries",
     "linear_cross_entropy",
     "native_library",

@@ -42,8 +42,8 @@ def linear_cross_entropy(
     Args:
         hidden: [..., D], floating.
         weight: [V, D], of the type of `hidden` unless autocast is on.
-        labels: integers [...] in 0 to V - 1, or `ignore_index`. They are not looked at before they are used, as that
-            would make the GPU wait: another value is an error of the device.
+        labels: integers [...] in 0 to V - 1, or `ignore_index`. On a GPU, which would have to wait for an error,
+            another value makes the loss and all gradients NaN, so that the Trainer stops and names the batch.
         bias: [V] or None.
         ignore_index: the label of rows that do not count.
         chunk_rows: rows whose logits exist at once; None: as many as fit 64 MiB, on a GPU 1 GiB.
@@ -52,7 +52,7 @@ def linear_cross_entropy(
         A scalar, float32 (float64 for float64 inputs).
 
     Raises:
-        InputError: shapes or types do not fit.
+        InputError: shapes or types do not fit, or on a CPU a label is out of range.
 
     Example:
         >>> hidden, weight, labels = torch.randn(2, 5, 8), torch.randn(100, 8), torch.randint(0, 100, (2, 5))
@@ -69,6 +69,36 @@ def linear_cross_entropy(
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     loss: Tensor = _forward(hidden_TD, weight, labels_T, bias, ignore_index, rows, dtype, *wanted)[0]
     return loss
+
+
+def known_labels(labels: Tensor, classes: int, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Labels that a loss may index with, and whether others were given: those became `ignore_index`.
+
+    An index out of range ends the process on a GPU, or reads what lies beside the logits.
+
+    Args:
+        labels: integers of any shape.
+        classes: how many there are.
+
+    Returns:
+        Labels of the same shape, int64, and one boolean on their device; nothing waits for a GPU.
+
+    Raises:
+        InputError: on a CPU, a label that is neither in 0 to `classes` - 1 nor `ignore_index`.
+
+    Example:
+        >>> known_labels(torch.tensor([2, -100, 0]), 3)
+        (tensor([   2, -100,    0]), tensor(False))
+    """
+    labels = labels.long()
+    outside = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    wrong = outside.any()
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and bool(wrong):
+        raise InputError(
+            f"the label {int(labels[outside][0])} is out of range: labels are 0 to {classes - 1} for {classes} classes "
+            f"or tokens, or {ignore_index} (ignore_index) for what does not count."
+        )
+    return torch.where(outside, ignore_index, labels), wrong
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -113,8 +143,9 @@ def _forward(
     """
     wide = _wide(dtype)
     weight_VD, bias_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+    labels_T, wrong = known_labels(labels_T, weight_VD.shape[0], ignore_index)
     counts_T = labels_T != ignore_index
-    safe_T = torch.where(counts_T, labels_T, 0).long()
+    safe_T = torch.where(counts_T, labels_T, 0)
     total = torch.zeros((), dtype=wide, device=hidden_TD.device)
     wanted, fused = for_hidden or for_weight or for_bias, hidden_TD.is_cuda and wide == torch.float32
     if fused:
@@ -138,7 +169,8 @@ def _forward(
                 slopes_CV = logits_CV.sub_(lse_C1).exp_()
                 slopes_CV.scatter_add_(1, safe_C1, slopes_CV.new_full(safe_C1.shape, -1.0)).mul_(counts_C1)
                 _add_gradients(grads, slopes_CV, hidden_CD, weight_VD, part)
-    share = 1 / counts_T.sum().clamp(min=1).to(wide)
+    # The loss and every gradient are multiplied with it.
+    share = torch.where(wrong, torch.nan, 1 / counts_T.sum().clamp(min=1).to(wide))
     return total * share, *grads, share
 
 

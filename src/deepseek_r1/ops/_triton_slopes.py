@@ -53,7 +53,8 @@ def slopes_(logits: Tensor, labels: Tensor, ignore_index: int, *, write: bool) -
 
     Args:
         logits: [rows, width], contiguous, on a CUDA device, of a floating type up to float32.
-        labels: integers [rows], `ignore_index` where a row does not count.
+        labels: integers [rows] from 0 to width - 1, `ignore_index` where a row does not count. Nothing here looks
+            whether they are; `known_labels` does.
 
     Returns:
         float32 [rows], 0 where a row does not count.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deepseek_r1.core import ConfigError
-from deepseek_r1.models.digits import DigitsNet
+from deepseek_r1.models import GPT2, DigitsNet, GPT2Config, Llama, LlamaConfig
 from deepseek_r1.train import Muon, orthogonalize
 
 
@@ -162,3 +162,20 @@ def test_groups_can_say_who_trains_them():
         Muon([matrix], ns_steps=0)
     with pytest.raises(ValueError, match="empty"):
         Muon([])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_reference_language_models_say_what_their_output_is(tied):
+    llama = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    gpt2 = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=tied)
+    for model, outer in (
+        (Llama(llama), {"model.embed_tokens.weight"}),
+        (GPT2(gpt2), {"transformer.wte.weight", "transformer.wpe.weight"}),
+    ):
+        names = {id(p): n for n, p in model.named_parameters()}
+        groups = Muon.from_model(model, lr=1e-3).param_groups
+        others = {names[id(p)] for g in groups if not g["use_muon"] for p in g["params"] if p.ndim >= 2}
+        assert others == (outer if tied else outer | {"lm_head.weight"})
