@@ -2,8 +2,8 @@
 
     python benchmarks/training memory [--device cuda] [--only llama] [--shares 1,0.5,0.35] [--out FILE]
 
-For the Llama shape with 1.24 billion parameters (on a CPU a narrow Llama of 8 layers, and a GPT with dropout) and
-ResNet-152 (on a CPU a narrow ResNet-50), a row for each limit, given as a share of the activations of a step that
+For the Llama shape with 1.24 billion parameters (on a CPU one of width 512 with 6 layers, and a GPT with
+dropout) and ResNet-152 (on a CPU ResNet-50), a row for each limit, given as a share of the activations of a step that
 keeps everything: the limit, the predicted and the real peak, the time of a step (forward, backward, update) relative
 to keeping everything, whether the gradients are the same to the bit, and the same of its rivals: the fastest of
 checkpointing every block, every second, every third... whose real peak is not above ours, and torch's own
@@ -58,14 +58,14 @@ def cases(device: torch.device) -> dict[str, tuple[Callable[[], nn.Module], Call
             ),
         }  # fmt: skip
     return {
-        "narrow-llama": (_narrow_llama, partial(_tokens, 2048, 4, 256), "fp32"),
+        "narrow-llama": (_narrow_llama, partial(_tokens, 2048, 2, 256), "fp32"),
         "gpt-with-dropout": (
             lambda: GPT(512, 256, 8, 4, 128),
             lambda: (torch.randint(0, 512, (8, 128)), torch.randint(0, 512, (8, 128))), "fp32",
         ),
-        "resnet50-narrow": (
-            lambda: ResNet((3, 4, 6, 3), 16, 10),
-            lambda: (torch.randn(16, 3, 96, 96), torch.randint(0, 10, (16,))), "fp32",
+        "resnet50": (
+            lambda: ResNet((3, 4, 6, 3), 64, 10),
+            lambda: (torch.randn(8, 3, 96, 96), torch.randint(0, 10, (8,))), "fp32",
         ),
     }  # fmt: skip
 
@@ -80,7 +80,7 @@ def _narrow_llama() -> nn.Module:
 
     return Llama(
         LlamaConfig(
-            vocab_size=2048, hidden_size=256, intermediate_size=1024, num_hidden_layers=8,
+            vocab_size=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=6,
             num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=256,
         )
     )  # fmt: skip
