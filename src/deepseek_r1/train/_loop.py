@@ -5,11 +5,13 @@ Works on a Trainer, whose public verbs lie in `_trainer.py`. Knows nothing about
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..core import InputError
+from ..data import DSDataLoader
 from ._callbacks import call, overriding
 from ._epoch import batches, empty_loader, epoch_start, loader_length, windows
 from ._folder import checkpoints
@@ -32,6 +34,17 @@ def run(trainer: Trainer, last_epoch: int, total: int | None, watch: Watch) -> N
             _finish_saving(trainer)
         trainer._interrupts.check()
     call(overriding(trainer.callbacks, "on_train_end"), "on_train_end", trainer)
+
+
+def expect_largest(trainer: Trainer) -> None:
+    """Show the largest batch of the run to what limits memory, where the loader knows it before it comes."""
+    memory, loader = trainer._stepper.memory, trainer.train_loader
+    if memory is None or not memory.wants_largest or not isinstance(loader, DSDataLoader):
+        return
+    # What fails here fails again when its turn comes, and is then told with its place.
+    with contextlib.suppress(Exception):
+        if (batch := loader.largest_batch()) is not None:
+            memory.expect(batch)
 
 
 def _finish_saving(trainer: Trainer) -> None:

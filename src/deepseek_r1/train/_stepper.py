@@ -51,13 +51,16 @@ class Stepper:
         *,
         advice: Callable[[], str],
         may_compile: bool = False,
+        limit_asked: bool = True,
     ) -> None:
         self.progress = Progress()
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self._model, self._optimizer, self._objective, self._config = model, optimizer, objective, config
         self._device = torch.device(config.device)
         self.scaler = make_scaler(self._device, config.precision)
-        self.memory = make_control(model, objective, optimizer, config)
+        self.memory = make_control(
+            model, objective, optimizer, config, asked=limit_asked, before_plan=self._forget_graphs
+        )
         self._forward: Callable[..., Any] = torch.compile(model) if config.compile is True else model
         # A plan for memory is made for the blocks as they are.
         self._may_compile, self._advice = may_compile and self.memory is None, advice
@@ -119,10 +122,14 @@ class Stepper:
             self._forward, self._may_compile, graphs.waits = self._model, False, False
             self._compile_blocks()
 
+    @property
+    def _called(self) -> Callable[..., Any]:
+        return self._forward if self.memory is None else self.memory.around(self._forward)
+
     def _started(self, window: list[Any], bad: Tensor) -> Outcome:
         c = self._config
         return device_step(
-            self._forward, window, self._optimizer, self._objective, bad, device=self._device, precision=c.precision,
+            self._called, window, self._optimizer, self._objective, bad, device=self._device, precision=c.precision,
             micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm,
         )  # fmt: skip
 
@@ -173,7 +180,7 @@ class Stepper:
                 self._compile_more()
             return loss, samples, None if c.clip_grad_norm is None else norm
         result = train_step(
-            self._forward, window, self._optimizer, self._objective, device=self._device, precision=c.precision,
+            self._called, window, self._optimizer, self._objective, device=self._device, precision=c.precision,
             micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm, scaler=self.scaler,
         )  # fmt: skip
         if bool(result.bad):
@@ -193,6 +200,12 @@ class Stepper:
         """Drop verdicts that no longer matter."""
         if self._run is not None:
             self._run.forget()
+
+    def _forget_graphs(self) -> None:
+        """Free what recorded steps hold; they are recorded anew."""
+        if self._run is not None and self._run.graphs is not None:
+            self.settle()
+            self._run.graphs.forget()
 
     def release(self) -> None:
         """Take what limits memory off the model, until the next step."""
