@@ -21,10 +21,13 @@ from ._diagnose import first_non_finite
 from ._objective import Objective
 from ._optim import set_rates, tell_total
 from ._progress import Progress
+from ._recordable import PARAMETERS, decided
 from ._schedule import config_lr_factor
 from ._step import make_scaler, skips_on_device, train_step
 from .memory._control import make_control
 
+#: Changes of what a recording freezes, each so many steps after the one before, after which none is made any more.
+_CHANGES, _SOON = 4, 4
 #: In the message of torch's own error for a batch norm with one value a channel.
 _ONE_SAMPLE = "Expected more than 1 value per channel when training"
 
@@ -69,6 +72,8 @@ class Stepper:
         self._run: DeviceRun | None = None
         self._blocks = contextlib.ExitStack()
         self._graphs = ""
+        self._decided: dict[str, Any] = {}
+        self._last_change, self._changes = 0, 0
 
     @property
     def rate(self) -> float:
@@ -142,10 +147,12 @@ class Stepper:
         """
         began = time.perf_counter()
         c, progress = self._config, self.progress
+        added = self._optimizer.param_groups[len(self.base_lrs) :]
+        self.base_lrs += [float(group["lr"]) for group in added]
         if c.schedule != "constant" or c.warmup:
             self._factor = config_lr_factor(progress.step - progress.first_step, total, c)
             set_rates(self._optimizer, self.base_lrs, self._factor)
-        if progress.step == progress.first_step:
+        if added or progress.step == progress.first_step:
             tell_total(self._optimizer, total)
         number = progress.step + 1
         # A bad step is known a few steps later.
@@ -200,6 +207,22 @@ class Stepper:
         """Drop verdicts that no longer matter."""
         if self._run is not None:
             self._run.forget()
+
+    def look(self) -> None:
+        """After others had the model in hand: what was recorded or planned for it as it was is made anew."""
+        recorded = None if self._run is None else self._run.graphs
+        if recorded is None and self.memory is None:
+            return
+        before, self._decided = self._decided, decided(self._model, self._optimizer)
+        changed = [name for name, now in self._decided.items() if before and now != before[name]]
+        if self.memory is not None and PARAMETERS in changed:
+            self.memory.forget()
+        if changed and recorded is not None and not recorded.refused:
+            soon = self.progress.step - self._last_change <= _SOON
+            self._last_change, self._changes = self.progress.step, self._changes + 1 if soon else 0
+            self._forget_graphs()
+            if self._changes >= _CHANGES:
+                recorded.refused = f"callbacks change {', '.join(changed)} every few steps, which a recording freezes"
 
     def _forget_graphs(self) -> None:
         """Free what recorded steps hold; they are recorded anew."""

@@ -100,7 +100,9 @@ class MemoryControl:
         self._shares = SHARES if config.compile == "blocks" else ()
         self._asked, self._refused, self._before_plan = asked, "", before_plan
         self._expected: list[Any] = []
+        self._latest: Extent = ()
         self._made: list[_Planned] = []
+        self._every: list[MemoryPlan] = []
         #: What was decided for an extent stays, so that a recorded step and its plan belong together.
         self._chosen: dict[tuple[Extent, bool], _Planned] = {}
         self._ahead: deque[MemoryPlan] = deque()
@@ -134,8 +136,7 @@ class MemoryControl:
             if self._asked:
                 raise
             self._refused, self.plan = str(e), None
-            self._made.clear()
-            self.end()
+            self.forget()
             return
         self._put(plans[0])
         self._ahead = deque(plans if any(plan is not plans[0] for plan in plans) else ())
@@ -166,7 +167,8 @@ class MemoryControl:
             found = next(fitting, None) or _Planned(piece.extent, accumulates, self._make(piece, accumulates))
             if found not in self._made:
                 self._made.append(found)
-                self.plan = found.plan
+                self._every.append(found.plan)
+                self.plan, self._latest = found.plan, piece.extent
             self._chosen[key] = found
         return self._chosen[key]
 
@@ -188,7 +190,13 @@ class MemoryControl:
         except ConfigError as e:
             if not self._made:
                 raise
-            raise ConfigError(f"{e} (A batch came, {_words(piece.extent)}, that is larger than those before.)") from e
+            raise ConfigError(f"{e} (The batch, {_words(piece.extent)}, is larger than those before.)") from e
+
+    def forget(self) -> None:
+        """The model takes other memory from now on: plan anew before the next step."""
+        self.end()
+        self._made.clear()
+        self._chosen.clear()
 
     def _put(self, plan: MemoryPlan) -> None:
         if self._applied is None or self._applied[0] is not plan:
@@ -222,12 +230,10 @@ class MemoryControl:
             return f"not planned, trained without a limit: {self._refused}"
         if self.plan is None:
             return ""
-        peak = max(made.plan.measured_peak_bytes for made in self._made) / 1e9
+        peak = max(plan.measured_peak_bytes for plan in self._every) / 1e9
         text = f"peak {peak:.4g} GB measured, limit {self.plan.budget_bytes / 1e9:.4g} GB; {summary(self.plan)}"
-        if len(self._made) > 1:
-            text += (
-                f"; planned {len(self._made)} times, as larger batches came, last for {_words(self._made[-1].extent)}"
-            )
+        if len(self._every) > 1:
+            text += f"; planned {len(self._every)} times, last for a batch of {_words(self._latest)}"
         return text
 
     @property
@@ -240,8 +246,8 @@ class MemoryControl:
     @property
     def reports(self) -> list[Report]:
         """The reports of the plans, in the order in which they were made."""
-        return [made.plan.report for made in self._made]
+        return [plan.report for plan in self._every]
 
 
 def _words(extent: Extent) -> str:
-    return "of shapes " + " ".join(str(shape) for shape, _ in extent)
+    return "shapes " + " ".join(str(shape) for shape, _ in extent)
