@@ -1,13 +1,14 @@
 """The Trainer under a limit of memory."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from deepseek_r1.core import ConfigError
+from deepseek_r1.core import ConfigError, InputError
 from deepseek_r1.data import DSDataLoader
-from deepseek_r1.train import Callback, MemoryPlanner, Trainer, TrainingConfig
+from deepseek_r1.train import Callback, MemoryPlanner, Trainer, TrainingConfig, resolve
 from deepseek_r1.train.memory import measured_peak
 
 from .models_for_memory import Transformer, cases
@@ -76,6 +77,70 @@ def test_the_environment_switches_auto_on(monkeypatch):
     assert trainer.config.memory_gb is None, "what was asked for by hand comes first"
     monkeypatch.setenv("R1_MEMORY_OPTIMIZER", "0")
     assert trained()[2].config.memory_gb is None
+
+
+@pytest.mark.parametrize(("value", "on"), [("true", True), ("ON", True), ("False", False), ("no", False), ("", False)])
+def test_the_switch_of_the_environment_takes_the_usual_words(monkeypatch, value, on):
+    monkeypatch.setenv("R1_MEMORY_OPTIMIZER", value)
+    settled, _ = resolve(TrainingConfig(device="cpu"), torch.nn.Linear(2, 2))
+    assert settled.memory_gb == ("auto" if on else None)
+
+
+def test_other_words_in_the_environment_are_refused(monkeypatch):
+    monkeypatch.setenv("R1_MEMORY_OPTIMIZER", "4GB")
+    with pytest.raises(ConfigError, match=r"R1_MEMORY_OPTIMIZER='4GB'.*true.*memory_gb"):
+        resolve(TrainingConfig(device="cpu"), torch.nn.Linear(2, 2))
+
+
+class NoBlocks(torch.nn.Module):
+    """Its layer is never called as a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return x @ self.layer.weight.T
+
+
+class Forgetful(torch.nn.Module):
+    """Its blocks do something else every time."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Counting() for _ in range(3))
+        self.head = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Counting(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = torch.nn.Linear(4, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        for _ in range(50 - self.calls):
+            x = torch.tanh(self.layer(x))
+        return x
+
+
+@pytest.mark.parametrize(("kind", "why"), [(NoBlocks, "no block of NoBlocks"), (Forgetful, "something else")])
+def test_what_cannot_be_planned_is_an_error_only_where_a_limit_was_given(monkeypatch, kind, why):
+    data = [(torch.randn(8, 4), torch.randint(0, 2, (8,)))] * 3
+    config = TrainingConfig(device="cpu", precision="fp32")
+    with pytest.raises(InputError, match=why):
+        Trainer(kind(), data, config=replace(config, memory_gb="auto")).train(epochs=1)
+    monkeypatch.setenv("R1_MEMORY_OPTIMIZER", "1")
+    report = Trainer(kind(), data, config=config).train(epochs=1)
+    assert report["steps"].after == 3
+    assert "trained without a limit" in notes(report)[0]
+    assert why in notes(report)[0]
+    assert not report.sections
 
 
 @pytest.mark.parametrize(
