@@ -308,3 +308,20 @@ def test_buckets_stay_below_the_limit_and_give_the_weights_of_no_limit(monkeypat
     made = trainer._stepper.memory._made
     assert len(made) == (1 if known else 2)
     assert all(m.plan.measured_peak_bytes <= limit * 1e9 for m in made)
+
+
+def test_parameters_that_a_callback_unfreezes_are_planned_for():
+    class Unfreeze(Callback):
+        def on_epoch_end(self, trainer):
+            trainer.model.blocks.requires_grad_(True)
+
+    torch.manual_seed(0)
+    model = Transformer()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.blocks.requires_grad_(False)
+    config = TrainingConfig(device="cpu", precision="fp32", memory_gb=1)
+    trainer = Trainer(model, [pair(8, 24)] * 2, config=config, optimizer=optimizer, callbacks=[Unfreeze()])
+    report = trainer.train(epochs=2)
+    frozen, whole = report.sections
+    assert frozen["not activations"].after < whole["not activations"].after
+    assert "planned 2 times" in notes(report)[0]
