@@ -340,3 +340,16 @@ def test_subsets_and_single_batches():
     part = Subset(_dicts(), [3, 5, 9])
     (batch,) = DSDataLoader(part, batching="packed", max_length=200, batch_size=50)
     assert sorted(_unpacked(batch)) == [3, 5, 9]
+
+
+def test_the_largest_batch_of_buckets_is_known_beforehand():
+    texts = [{"input_ids": [1] * n} for n in [3] * 8 + [16] * 6 + [40] * 9]
+    state = torch.get_rng_state()
+    for options in ({"batch_size": 4}, {"max_tokens": 64, "batch_size": 4}, {"batch_size": 4, "drop_last": True}):
+        loader = DSDataLoader(texts, batching="buckets", multiple=8, shuffle=True, seed=1, **options)
+        largest = loader.largest_batch()["input_ids"]
+        assert loader.passes_begun == 0
+        assert largest.numel() == max(batch["input_ids"].numel() for batch in loader)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert DSDataLoader(texts, batching="packed", max_length=64).largest_batch() is None
+    assert DSDataLoader(list(range(4))).largest_batch() is None

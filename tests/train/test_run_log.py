@@ -287,3 +287,25 @@ def test_a_disk_that_refuses_the_log_does_not_end_the_run(tmp_path, monkeypatch)
     assert ("the rest of the log", "the disk refused step 4: only a part of") in [
         (w, y[:39]) for w, y in report.skipped
     ]
+
+
+def test_the_first_rates_of_a_resumed_run_are_its_own(tmp_path, monkeypatch):
+    import deepseek_r1.train._watch as watch
+
+    clock = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+
+    class Ticks(Callback):
+        def on_step_end(self, trainer):
+            clock[0] += 2.0
+
+    save = {"save_dir": str(tmp_path / "run"), "save_every_steps": 1, "log_every": 1}
+    make(tmp_path, [Ticks()], **save).train(epochs=1)
+    again = make(tmp_path, [Ticks()], **save)
+    again.resume()
+    shown = []
+    monkeypatch.setattr(watch.Watch, "_draw", lambda self: shown.append(self._note()))
+    again.train(epochs=2)
+    assert [e["step"] for e in entries(tmp_path)] == list(range(1, 13))
+    assert {e["samples_per_s"] for e in entries(tmp_path)} == {2.0}, "four samples in two seconds"
+    assert "2.00 samples/s" in shown[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from deepseek_r1.models import ResNet, ResNetConfig
 from deepseek_r1.train import Callback, Objective, Trainer, resolve, train_step
 from deepseek_r1.train._blocks import block_runs, compiled, share_in_blocks
 from deepseek_r1.train._config import _choose_compile
+from deepseek_r1.train._device_run import DeviceRates
 from deepseek_r1.train._device_step import Graphs, device_step, signature
 from deepseek_r1.train._logs import NAME, read_lines
 
@@ -178,6 +181,146 @@ def test_what_cannot_be_recorded_is_run() -> None:
         "the step could not be recorded: RuntimeError: operation not permitted when stream is capturing"
     )
     assert graphs.recorded == 0
+
+
+@pytest.mark.parametrize(
+    ("draw", "whose"),
+    [(random.random, "python's"), (np.random.rand, "numpy's"), (lambda: float(torch.rand(())), "torch's")],
+)
+def test_steps_that_draw_on_the_host_are_not_recorded(draw: Callable[[], float], whose: str) -> None:
+    class LayerDrop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x if draw() < 0.5 else self.inner(x)
+
+    run, _ = _runner(nn.Sequential(LayerDrop(), nn.Linear(4, 3)))
+    graphs = Graphs(run, _Recorder())
+    for seed in range(4):
+        graphs.step(_window(seed))
+    assert f"draws from {whose} generator on the CPU" in graphs.refused
+    assert (graphs.recorded, graphs.waits) == (0, False)
+
+
+class _Frozen(_Recorder):
+    """A graph that goes on with what Python had decided when it was recorded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._dropout = model[1]
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        p, training = self._dropout.p, self._dropout.training
+        again, results = super().__call__(function)
+
+        def frozen() -> None:
+            now = self._dropout.p, self._dropout.training
+            self._dropout.p, self._dropout.training = p, training
+            again()
+            self._dropout.p, self._dropout.training = now
+
+        return frozen, results
+
+
+class _Changes(_Started):
+    """Records, and does something to the Trainer after some steps."""
+
+    def __init__(self, records: bool, change: Callable[[Any], None], at: Callable[[int], bool]) -> None:
+        self.records, self.change, self.at = records, change, at
+
+    def on_train_start(self, trainer: Any) -> None:
+        if self.records:
+            super().on_train_start(trainer)
+            trainer._stepper._run.graphs._record = _Frozen(trainer.model)
+
+    def on_step_end(self, trainer: Any) -> None:
+        if self.at(trainer.step):
+            self.change(trainer)
+
+
+def _no_dropout(trainer: Any) -> None:
+    trainer.model[1].p = 0.0
+
+
+def _dropout_off(trainer: Any) -> None:
+    trainer.model[1].eval()
+
+
+def _changing(records: bool, change: Callable[[Any], None], at: Callable[[int], bool]) -> tuple[Trainer, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    data = [_window(seed)[0] for seed in range(12)]
+    trainer = Trainer(
+        model, data, config=TrainingConfig(device="cpu", seed=0), optimizer=optimizer,
+        callbacks=[_Changes(records, change, at)],
+    )  # fmt: skip
+    return trainer, trainer.train(epochs=1)
+
+
+@pytest.fixture
+def _drawing_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a GPU dropout draws there.
+    monkeypatch.setattr("deepseek_r1.train._device_step.drawn_on_host", lambda function: (function(), ""))
+
+
+@pytest.mark.usefixtures("_drawing_is_fine")
+@pytest.mark.parametrize("change", [_no_dropout, _dropout_off])
+def test_what_a_callback_changes_reaches_recorded_steps(change: Callable[[Any], None]) -> None:
+    plain, _ = _changing(False, change, lambda step: step == 6)
+    recorded, report = _changing(True, change, lambda step: step == 6)
+    torch.testing.assert_close(_parameters(recorded.model), _parameters(plain.model), rtol=1e-5, atol=1e-6)
+    assert any("whole steps, for 1 shape(s)" in note for note in report.notes)
+
+
+@pytest.mark.usefixtures("_drawing_is_fine")
+def test_what_changes_all_the_time_is_not_recorded() -> None:
+    def decay(trainer: Any) -> None:
+        trainer.optimizer.param_groups[0]["weight_decay"] *= 0.9
+
+    _, report = _changing(True, decay, lambda step: True)
+    assert any("not used: callbacks change options of the optimizer" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_groups_that_a_callback_adds_are_trained_on_their_own_rate(schedule: str) -> None:
+    class Unfreeze(Callback):
+        def on_step_end(self, trainer: Any) -> None:
+            if trainer.step == 2:
+                trainer.model[2].requires_grad_(True)
+                trainer.optimizer.add_param_group({"params": list(trainer.model[2].parameters()), "lr": 0.5})
+
+    model = _net()
+    model[2].requires_grad_(False)
+    before = model[2].weight.detach().clone()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    config = TrainingConfig(device="cpu", schedule=schedule)
+    data = [_window(seed)[0] for seed in range(4)]
+    trainer = Trainer(model, data, optimizer=optimizer, config=config, callbacks=[Unfreeze()])
+    trainer.train(epochs=1)
+    assert trainer._stepper.base_lrs == [0.1, 0.5]
+    assert not torch.equal(model[2].weight, before)
+    first, added = (group["lr"] for group in optimizer.param_groups)
+    assert added == pytest.approx(5 * first)
+
+
+def test_rates_on_the_device_take_added_groups_in() -> None:
+    first, second = _net(), _net()
+    optimizer = torch.optim.AdamW(first.parameters(), lr=0.1)
+    rates = DeviceRates(optimizer, CPU)
+    optimizer.add_param_group({"params": list(second.parameters()), "lr": 0.3})
+    rates.take()
+    held = [group["lr"] for group in optimizer.param_groups]
+    assert all(isinstance(rate, Tensor) for rate in held)
+    assert [group["capturable"] for group in optimizer.param_groups] == [True, True]
+    optimizer.param_groups[1]["lr"] = 0.2
+    rates.take()
+    assert optimizer.param_groups[1]["lr"] is held[1]
+    rates.close()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.2])
+    assert [group["capturable"] for group in optimizer.param_groups] == [False, False]
 
 
 def test_shapes_beyond_the_limit_are_run() -> None:

@@ -257,3 +257,27 @@ def test_memory_is_free_after_a_run():
     trainer, _ = trained(wide(size=512), model=model)
     del trainer
     assert torch.cuda.memory_allocated() - before < 2**20
+
+
+def test_what_a_callback_freezes_is_frozen_in_recorded_steps():
+    class Freeze(Callback):
+        def on_step_end(self, trainer):
+            if trainer.step == 8:
+                trainer.model[0].requires_grad_(False)
+                self.weight = trainer.model[0].weight.detach().clone()
+
+    freeze, model = Freeze(), net()
+    config = TrainingConfig(precision="fp32", compile=False)
+    report = Trainer(model, batches(), lr=1e-2, config=config, callbacks=[freeze]).train(epochs=1)
+    assert any("whole steps, for 1 shape(s)" in note for note in report.notes)
+    assert torch.equal(model[0].weight.cpu(), freeze.weight.cpu())
+
+
+def test_steps_that_draw_on_the_host_are_not_recorded():
+    class LayerDrop(nn.Linear):
+        def forward(self, x):
+            return x if torch.rand(()) < 0.5 else super().forward(x)
+
+    model = nn.Sequential(nn.Linear(4, 8), LayerDrop(8, 8), nn.Linear(8, 2))
+    report = Trainer(model, batches(), lr=1e-2, config=TrainingConfig(compile=False)).train(epochs=1)
+    assert any("not used: the step draws from torch's generator" in note for note in report.notes)

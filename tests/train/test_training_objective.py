@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deepseek_r1.core import InputError
-from deepseek_r1.train import Objective
+from deepseek_r1.train import Objective, Trainer, TrainingConfig
 from deepseek_r1.train._objective import accuracy, choose_loss, default_metrics
 
 pytestmark = pytest.mark.tiny
@@ -116,3 +116,22 @@ def test_default_metrics_follow_the_labels():
     tokens = {"loss": torch.tensor(1.0), "logits": torch.zeros(2, 5, 5)}
     assert default_metrics(tokens, torch.zeros(2, 5, dtype=torch.long)) == {}, "tokens may be shifted"
     assert float(accuracy(torch.eye(3), torch.tensor([0, 1, 0]))) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss(), F.cross_entropy])
+def test_a_batch_without_labels_later_on_is_named(loss):
+    model = nn.Linear(2, 3)
+    whole, bare = (torch.randn(4, 2), torch.randint(0, 3, (4,))), torch.randn(4, 2)
+    config = TrainingConfig(device="cpu")
+    with pytest.raises(InputError, match=r"no labels, and the loss \(.*\) needs them.*val_loader"):
+        Trainer(model, [whole, bare], config=config, loss=loss).train(epochs=1)
+    with pytest.raises(InputError, match="no labels") as caught:
+        Trainer(model, [whole], [whole, bare], config=config, loss=loss).train(epochs=1)
+    assert caught.value.__notes__ == ["in the batch after 4 samples of the evaluation"]
+
+
+def test_a_loss_that_needs_no_labels_is_given_none():
+    model = nn.Linear(2, 3)
+    objective = Objective(model, lambda output, _: output.square().mean())
+    loss, output = objective(model, (torch.ones(1, 2),), {}, None)
+    assert torch.equal(loss, output.square().mean())

@@ -301,3 +301,32 @@ def test_a_disk_that_is_really_full(small_disk, in_background):
     resumed = make(small_disk, save_every_steps=None)
     resumed.resume(small_disk / f"step-{there[-1]:08d}")
     assert resumed.step == there[-1]
+
+
+def test_a_directory_that_cannot_be_written_is_told_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    trainer = make(tmp_path / "file" / "run")
+    with pytest.raises(CheckpointError, match=r"save_dir='.*run' cannot be written in: .*no step was taken") as caught:
+        trainer.train(epochs=1)
+    assert trainer.step == 0
+    assert "arlier" not in str(caught.value)
+    tolerant = make(tmp_path / "file" / "run", on_save_error="continue")
+    with pytest.warns(RuntimeWarning):
+        report = tolerant.train(epochs=1)
+    assert tolerant.step == 6
+    assert any("cannot be written in" in why for _, why in report.skipped)
+
+
+def test_a_directory_that_can_be_written_is_left_as_it_was(tmp_path):
+    make(tmp_path / "new" / "run").train(epochs=1)
+    assert {p.name[:5] for p in (tmp_path / "new" / "run").iterdir()} == {"step-"}
+
+
+def test_a_first_checkpoint_that_fails_promises_no_earlier_one(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"step 1 could not be written.*There is none before it") as caught:
+        make(tmp_path, async_save=False).train(epochs=1)
+    assert "unharmed" not in str(caught.value)

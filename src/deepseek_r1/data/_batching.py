@@ -92,6 +92,8 @@ class Plan:
         shapes: padded lengths.
         most_samples: of a row, over all rows; 1 for buckets.
         fill: share of the batches' tokens that are samples', for one pass over the whole dataset.
+        largest: for buckets, padded length and samples of the batch with most tokens in such a pass; None for packed
+            rows, which are all alike.
 
     Raises:
         InputError: a sample without tokens, or one that is too long where that is an error.
@@ -115,6 +117,7 @@ class Plan:
             raise InputError(f"every sample has more than max_length={self.max_length} tokens; none is left.")
         self.shapes = (self.max_length,) if self.packed else self._choose(whole)
         self.sizes = batch_sizes(self.shapes, batch_size, options.max_tokens)
+        self.largest: tuple[int, list[int]] | None = None
         self.most_samples, self.fill, self.batches = self._describe(whole)
 
     def _longest(self, lengths: np.ndarray) -> int:
@@ -134,6 +137,9 @@ class Plan:
         batches = bucket_batches(lengths, self.shapes, self.sizes, drop_last=self.drop_last)
         padded = sum(shape * len(mine) for shape, mine in batches)
         real = sum(int(lengths[mine].sum()) for _, mine in batches)
+        if batches:
+            shape, most = max(batches, key=lambda batch: (batch[0] * len(batch[1]), batch[0]))
+            self.largest = shape, np.flatnonzero(self._kept)[most].tolist()
         return 1, real / max(padded, 1), len(batches)
 
     def _count(self, rows: int) -> int:

@@ -19,10 +19,17 @@ from ._arguments import check, resolved, tuned
 from ._assemble import Padding
 from ._batching import Batching, Plan
 from ._buckets import batch_sizes
-from ._generators import loader_state, process_state, same_process_state, set_loader_state, set_process_state
+from ._generators import (
+    kept_process_state,
+    loader_state,
+    process_state,
+    same_process_state,
+    set_loader_state,
+    set_process_state,
+)
 from ._order import Order
 from ._pass import Pass, Position, Tasks
-from ._reader import Collated, Packed, Padded, Reader, Stream, WorkerStart, as_is, follow_epoch
+from ._reader import Collated, Packed, Padded, Reader, Stream, Task, WorkerStart, as_is, follow_epoch
 from ._samples import Length
 from ._told import loader_report
 from ._tuning import Setting
@@ -312,6 +319,18 @@ class DSDataLoader(DataLoader[Any]):
         if self._options.batching == "fixed" or not self._by_tasks:
             raise ConfigError("plan() is for batching='buckets' or 'packed' and a dataset that is no stream.")
         return self._order.planned(self.passes_begun if epoch is None else epoch)[0]
+
+    def largest_batch(self) -> Any:
+        """A batch as large as any of a pass in length buckets, read now; None where that is not known before it comes.
+
+        That is for a stream, a `collate_fn`, packed rows (all are alike) and torch's own batches. No pass is begun, and
+        the process's generators are afterwards as they were.
+        """
+        if self._options.batching != "buckets" or not self._by_tasks or self._own_collate:
+            return None
+        epoch, largest = self.passes_begun, self.plan().largest
+        with kept_process_state():
+            return None if largest is None else self._reader(epoch)[Task(epoch, 0, largest[1], largest[0])]
 
     def __len__(self) -> int:
         if self._options.batching == "fixed":

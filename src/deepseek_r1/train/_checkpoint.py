@@ -151,9 +151,12 @@ def write(path: Path, contents: Contents, shard_bytes: int = SHARD_BYTES) -> dic
             manifest["digest"] = digest(manifest)
             atomic.write_json(tmp / MANIFEST, manifest)
     except (OSError, SafetensorError) as e:
+        there = is_checkpoint(path) or any(map(is_checkpoint, path.parent.glob("step-*")))
+        way_out = "free space or give another save_dir"
         raise CheckpointError(
-            f"the checkpoint of step {contents.step} could not be written to {path}: {e}. Earlier checkpoints are "
-            "unharmed; free space or give another save_dir, then resume from the latest."
+            f"the checkpoint of step {contents.step} could not be written to {path}: {e}. "
+            + (f"Earlier checkpoints are unharmed; {way_out}, then resume from the latest." if there else "")
+            + ("" if there else f"There is none before it; {way_out}.")
         ) from e
     return manifest
 

@@ -35,7 +35,7 @@ class TrainingConfig:
         precision: "fp32", "bf16" or "fp16" (mixed precision by autocast), "auto": where the hardware gains.
         memory_gb: the most that may be alive on the device in a step, in 10**9 bytes, or "auto" (what is free, less a
             margin). A plan of what is kept, recomputed or offloaded is made at the first batch. None: no limit. The
-            environment variable R1_MEMORY_OPTIMIZER=1 makes None mean "auto".
+            environment variable R1_MEMORY_OPTIMIZER=1 makes None mean "auto" (where the model can be planned).
         checkpoint_interval: recompute the model's blocks in runs of so many, without a plan. None: nothing.
         compress_activations: whether the plan for memory_gb may also store what blocks save in 8 bits, which is often
             faster than recomputing, and rounds the gradients.

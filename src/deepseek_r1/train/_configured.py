@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ._callbacks import Callback, EarlyStopping
 from ._config import TrainingConfig
 from ._ema import ExponentialMovingAverage
@@ -20,3 +22,13 @@ def configured(config: TrainingConfig) -> list[Callback]:
     if config.early_stop_patience is not None:
         found.append(EarlyStopping(config.early_stop_patience, config.early_stop_metric, config.early_stop_mode))
     return found
+
+
+def acting(callbacks: Iterable[Callback]) -> list[Callback]:
+    """Those that may change the model or the optimizer: all but the ones here, which read them.
+
+    Example:
+        >>> acting([EarlyStopping(3)])
+        []
+    """
+    return [c for c in callbacks if type(c) not in (EarlyStopping, ExponentialMovingAverage)]

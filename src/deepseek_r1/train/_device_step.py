@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..data import map_tensors, tensors
 from ._objective import Objective
+from ._recordable import drawn_on_host
 from ._step import accumulate, found_on_device
 
 #: What a step gives: the mean loss, 1.0 if this step or one before it was not finite, else 0.0, and the gradients' norm
@@ -69,7 +70,6 @@ class Graphs:
     Attributes:
         refused: why steps are no longer recorded; empty while they are.
         waits: whether that is because the host waits for the device in the middle of a step.
-        recorded: shapes for which there is a graph.
 
     Args:
         run: a step on a window of batches that are on the device.
@@ -80,7 +80,8 @@ class Graphs:
         self._run, self._record = run, record or _Recorder()
         self._seen: dict[Any, int] = {}
         self._graphs: dict[Any, tuple[list[Any], Callable[[], None], Outcome]] = {}
-        self.refused, self.waits, self.recorded = "", False, 0
+        self._ever: set[Any] = set()
+        self.refused, self.waits = "", False
 
     def step(self, window: list[Any]) -> Outcome:
         """One step; the outcome's tensors belong to the caller."""
@@ -92,8 +93,13 @@ class Graphs:
         if self.refused or seen < _BEFORE - 1 or len(self._graphs) >= _GRAPHS:
             return self._run(window)
         if seen < _BEFORE:
-            outcome, self.refused = watched(lambda: self._run(window))
-            self.waits = bool(self.refused)
+            (outcome, wait), generator = drawn_on_host(lambda: watched(lambda: self._run(window)))
+            self.refused, self.waits = wait, bool(wait)
+            if generator and not wait:
+                self.refused = (
+                    f"the step draws from {generator} generator on the CPU (a layer left out at random?), which a "
+                    "recording would decide once for all"
+                )
             return outcome
         inputs = map_tensors(window, torch.clone)
         try:
@@ -104,8 +110,13 @@ class Graphs:
             self.refused = f"the step could not be recorded: {type(e).__name__}: {str(e).splitlines()[0][:200]}"
             return self._run(window)
         self._graphs[key] = inputs, again, outcome
-        self.recorded += 1
+        self._ever.add(key)
         return self._replay(key, window)
+
+    @property
+    def recorded(self) -> int:
+        """Shapes for which there is a graph, or was one."""
+        return len(self._ever)
 
     def _replay(self, key: Any, window: list[Any]) -> Outcome:
         inputs, again, (loss, bad, norm) = self._graphs[key]

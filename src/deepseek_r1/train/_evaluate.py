@@ -82,7 +82,7 @@ def evaluate(
             part = unpack_batch(batch)
             size = batch_size(part)
             args, kwargs, labels = to_device(part, device)
-            with autocast(device, precision):
+            with autocast(device, precision), _named(f"in the batch after {count} samples of the evaluation"):
                 loss, output = objective(model, args, kwargs, labels)
             if chosen is None:
                 chosen = dict(default_metrics(output, labels))
@@ -98,6 +98,16 @@ def evaluate(
     result = {name: float(total) / count for name, total in sums.items()}
     result.update({name: float(m.compute()) for name, m in (chosen or {}).items() if _stateful(m)})  # type: ignore[attr-defined]
     return result
+
+
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Bad input is told with its place."""
+    try:
+        yield
+    except InputError as e:
+        e.add_note(place)
+        raise
 
 
 def _stateful(metric: Any) -> bool:

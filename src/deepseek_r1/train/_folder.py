@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import ArtifactError, ConfigError, InputError, atomic
-from ._checkpoint import is_checkpoint, read_manifest, verify
+from ._checkpoint import CheckpointError, is_checkpoint, read_manifest, verify
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -97,6 +98,24 @@ def refuse_later(folder: Path, step: int, known: set[str]) -> None:
             f"save_dir has checkpoints of another run, up to {later[-1]}, beyond this one's step {step}. Call "
             "trainer.resume() to go on from the latest, or give an empty save_dir."
         )
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` if need be, and write a file in it that is deleted again.
+
+    Raises:
+        CheckpointError: the file system refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
+            probe.write(b"0")
+            probe.flush()
+    except OSError as e:
+        raise CheckpointError(
+            f"save_dir={str(folder)!r} cannot be written in: {e.strerror or e}. Give another save_dir, free space, or "
+            "mend its permissions; no step was taken."
+        ) from e
 
 
 def prune(folder: Path, upto: int, retention: Retention) -> None:

@@ -5,12 +5,15 @@ Works on a Trainer, whose public verbs lie in `_trainer.py`. Knows nothing about
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..core import InputError
+from ..data import DSDataLoader
 from ._callbacks import call, overriding
+from ._configured import acting
 from ._epoch import batches, empty_loader, epoch_start, loader_length, windows
 from ._folder import checkpoints
 from ._interrupt import Terminated
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 def run(trainer: Trainer, last_epoch: int, total: int | None, watch: Watch) -> None:
     """Train up to the end of `last_epoch`, or until somebody stops the run."""
     call(overriding(trainer.callbacks, "on_train_start"), "on_train_start", trainer)
+    trainer._stepper.look()
     while trainer.epoch < last_epoch and not trainer._progress.stopped:
         _run_epoch(trainer, total, watch)
     if trainer.config.save_dir is not None:
@@ -32,6 +36,17 @@ def run(trainer: Trainer, last_epoch: int, total: int | None, watch: Watch) -> N
             _finish_saving(trainer)
         trainer._interrupts.check()
     call(overriding(trainer.callbacks, "on_train_end"), "on_train_end", trainer)
+
+
+def expect_largest(trainer: Trainer) -> None:
+    """Show the largest batch of the run to what limits memory, where the loader knows it before it comes."""
+    memory, loader = trainer._stepper.memory, trainer.train_loader
+    if memory is None or not memory.wants_largest or not isinstance(loader, DSDataLoader):
+        return
+    # What fails here fails again when its turn comes, and is then told with its place.
+    with contextlib.suppress(Exception):
+        if (batch := loader.largest_batch()) is not None:
+            memory.expect(batch)
 
 
 def _finish_saving(trainer: Trainer) -> None:
@@ -59,6 +74,7 @@ def _run_epoch(trainer: Trainer, total: int | None, watch: Watch) -> None:
         trainer._epoch_start = place.start
     trainer._place = None
     after_step = overriding(trainer.callbacks, "on_step_end")
+    looks = acting(after_step)
     stream = batches(trainer.train_loader, trainer.epoch, trainer.device, place)
     # Batches that workers make take nothing from this process's generators.
     drawn_elsewhere = bool(getattr(trainer.train_loader, "num_workers", 0))
@@ -69,6 +85,8 @@ def _run_epoch(trainer: Trainer, total: int | None, watch: Watch) -> None:
             trainer._stepper.check_micro_batch(window)
         trainer._stepper.step(window, total)
         call(after_step, "on_step_end", trainer)
+        if looks:
+            trainer._stepper.look()
         trainer._whole = True
         watch.after_step(window)
         if config.save_dir is not None and config.save_every_steps and trainer.step % config.save_every_steps == 0:
@@ -113,6 +131,7 @@ def _end_epoch(trainer: Trainer, watch: Watch) -> None:
     trainer._epoch_start = None
     watch.after_epoch(entry)
     call(overriding(trainer.callbacks, "on_epoch_end"), "on_epoch_end", trainer)
+    trainer._stepper.look()
     every = trainer.config.save_every_epochs
     if trainer.config.save_dir is not None and every and state.epoch % every == 0:
         save_due(trainer)

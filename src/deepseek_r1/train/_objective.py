@@ -69,11 +69,22 @@ class Objective:
         output = forward(*args, **kwargs)
         if self._loss is None:
             self._loss, self.name, self.reason = choose_loss(output, labels)
-        loss = self._loss(output, labels)
+        loss = self._loss(output, labels) if labels is not None else self._without_labels(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss ({self.name}) gave {what}; a scalar tensor is needed (reduction='mean').")
         return (loss if loss.ndim == 0 else loss.reshape(())), output
+
+    def _without_labels(self, output: Any) -> Any:
+        # The model's own loss, or one of the user's that needs none.
+        assert self._loss is not None, "chosen at the first batch"
+        try:
+            return self._loss(output, None)
+        except (AttributeError, TypeError) as e:
+            raise InputError(
+                f"a batch has no labels, and the loss ({self.name}) needs them: {e}. Let the train_loader and the "
+                "val_loader give (inputs, labels) or a dict with 'labels' in every batch."
+            ) from e
 
     def penalty(self) -> Tensor | None:
         """The sum of all penalties at the model's present weights; None if there are none.

@@ -12,7 +12,7 @@ from pathlib import Path
 from ._background import Background, Staging
 from ._checkpoint import CheckpointError, Contents, write
 from ._config import TrainingConfig
-from ._folder import Retention, advice, checkpoint_name, prune, refuse_later
+from ._folder import Retention, advice, check_writable, checkpoint_name, prune, refuse_later
 from ._pack import Copy
 
 
@@ -46,9 +46,15 @@ class Saver:
         return self.folder / checkpoint_name(step)
 
     def begin(self, step: int, known: set[str]) -> None:
-        """Before a run's first step: refuse a directory with checkpoints of a later one, but for `known` bad ones."""
+        """Before a run's first step: refuse a directory with checkpoints of a later one, but for `known` bad ones.
+
+        Raises:
+            CheckpointError: nothing can be written in the directory (with on_save_error="continue" a warning).
+        """
         if self._config.save_dir is not None:
             refuse_later(self.folder, step, known)
+            with self._tolerating():
+                check_writable(self.folder)
 
     def write(self, path: Path, gather: Callable[[Copy | None], Contents]) -> None:
         """Write a checkpoint where the user wants it, and wait for it.

@@ -21,10 +21,13 @@ from ._diagnose import first_non_finite
 from ._objective import Objective
 from ._optim import set_rates, tell_total
 from ._progress import Progress
+from ._recordable import PARAMETERS, decided
 from ._schedule import config_lr_factor
 from ._step import make_scaler, skips_on_device, train_step
 from .memory._control import make_control
 
+#: Changes of what a recording freezes, each so many steps after the one before, after which none is made any more.
+_CHANGES, _SOON = 4, 4
 #: In the message of torch's own error for a batch norm with one value a channel.
 _ONE_SAMPLE = "Expected more than 1 value per channel when training"
 
@@ -51,13 +54,16 @@ class Stepper:
         *,
         advice: Callable[[], str],
         may_compile: bool = False,
+        limit_asked: bool = True,
     ) -> None:
         self.progress = Progress()
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self._model, self._optimizer, self._objective, self._config = model, optimizer, objective, config
         self._device = torch.device(config.device)
         self.scaler = make_scaler(self._device, config.precision)
-        self.memory = make_control(model, objective, optimizer, config)
+        self.memory = make_control(
+            model, objective, optimizer, config, asked=limit_asked, before_plan=self._forget_graphs
+        )
         self._forward: Callable[..., Any] = torch.compile(model) if config.compile is True else model
         # A plan for memory is made for the blocks as they are.
         self._may_compile, self._advice = may_compile and self.memory is None, advice
@@ -66,6 +72,8 @@ class Stepper:
         self._run: DeviceRun | None = None
         self._blocks = contextlib.ExitStack()
         self._graphs = ""
+        self._decided: dict[str, Any] = {}
+        self._last_change, self._changes = 0, 0
 
     @property
     def rate(self) -> float:
@@ -119,10 +127,14 @@ class Stepper:
             self._forward, self._may_compile, graphs.waits = self._model, False, False
             self._compile_blocks()
 
+    @property
+    def _called(self) -> Callable[..., Any]:
+        return self._forward if self.memory is None else self.memory.around(self._forward)
+
     def _started(self, window: list[Any], bad: Tensor) -> Outcome:
         c = self._config
         return device_step(
-            self._forward, window, self._optimizer, self._objective, bad, device=self._device, precision=c.precision,
+            self._called, window, self._optimizer, self._objective, bad, device=self._device, precision=c.precision,
             micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm,
         )  # fmt: skip
 
@@ -135,10 +147,12 @@ class Stepper:
         """
         began = time.perf_counter()
         c, progress = self._config, self.progress
+        added = self._optimizer.param_groups[len(self.base_lrs) :]
+        self.base_lrs += [float(group["lr"]) for group in added]
         if c.schedule != "constant" or c.warmup:
             self._factor = config_lr_factor(progress.step - progress.first_step, total, c)
             set_rates(self._optimizer, self.base_lrs, self._factor)
-        if progress.step == progress.first_step:
+        if added or progress.step == progress.first_step:
             tell_total(self._optimizer, total)
         number = progress.step + 1
         # A bad step is known a few steps later.
@@ -173,7 +187,7 @@ class Stepper:
                 self._compile_more()
             return loss, samples, None if c.clip_grad_norm is None else norm
         result = train_step(
-            self._forward, window, self._optimizer, self._objective, device=self._device, precision=c.precision,
+            self._called, window, self._optimizer, self._objective, device=self._device, precision=c.precision,
             micro_batch_size=c.micro_batch_size, clip_grad_norm=c.clip_grad_norm, scaler=self.scaler,
         )  # fmt: skip
         if bool(result.bad):
@@ -193,6 +207,28 @@ class Stepper:
         """Drop verdicts that no longer matter."""
         if self._run is not None:
             self._run.forget()
+
+    def look(self) -> None:
+        """After others had the model in hand: what was recorded or planned for it as it was is made anew."""
+        recorded = None if self._run is None else self._run.graphs
+        if recorded is None and self.memory is None:
+            return
+        before, self._decided = self._decided, decided(self._model, self._optimizer)
+        changed = [name for name, now in self._decided.items() if before and now != before[name]]
+        if self.memory is not None and PARAMETERS in changed:
+            self.memory.forget()
+        if changed and recorded is not None and not recorded.refused:
+            soon = self.progress.step - self._last_change <= _SOON
+            self._last_change, self._changes = self.progress.step, self._changes + 1 if soon else 0
+            self._forget_graphs()
+            if self._changes >= _CHANGES:
+                recorded.refused = f"callbacks change {', '.join(changed)} every few steps, which a recording freezes"
+
+    def _forget_graphs(self) -> None:
+        """Free what recorded steps hold; they are recorded anew."""
+        if self._run is not None and self._run.graphs is not None:
+            self.settle()
+            self._run.graphs.forget()
 
     def release(self) -> None:
         """Take what limits memory off the model, until the next step."""

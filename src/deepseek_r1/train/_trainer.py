@@ -27,7 +27,7 @@ from ._folder import find
 from ._frozen import FrozenBase
 from ._heap import kept_heap
 from ._interrupt import Interrupts, Terminated
-from ._loop import by_signal, interrupted, run
+from ._loop import by_signal, expect_largest, interrupted, run
 from ._objective import LossFunction, Objective, Penalty
 from ._optim import OptimizerLike, make_optimizer
 from ._pack import Copy
@@ -118,6 +118,7 @@ class Trainer:
         self._stepper = Stepper(
             model, self.optimizer, self._objective, self.config,
             advice=self._saver.advice, may_compile=given.compile == "auto",
+            limit_asked=given.memory_gb is not None,
         )  # fmt: skip
         self._place: Place | None = None
         self._epoch_start: dict[str, Any] | None = None
@@ -197,6 +198,7 @@ class Trainer:
                 watch = Watch(self, total, continued=self.resumed or self._restarted)
                 self._watch = stack.enter_context(watch)
             stack.enter_context(self._stepper.running())
+            expect_largest(self)
             try:
                 run(self, self._progress.first_epoch + epochs, total, watch)
             except (KeyboardInterrupt, Terminated, InputError) as e:
@@ -362,5 +364,5 @@ class Trainer:
             skipped=[*self._skipped, *self._saver.skipped],
             facts={"device": c.device, "precision": c.precision, "torch": str(torch.__version__)},
         )  # fmt: skip
-        report.sections += [memory.report] if memory is not None and memory.report is not None else []
+        report.sections += memory.reports if memory is not None else []
         return report

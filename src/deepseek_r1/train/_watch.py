@@ -53,8 +53,8 @@ class Watch:
         self._marks: dict[int, dict[str, Any]] = {}
         self._peak = device_peak(trainer.device, c.precision)
         self._flops: float | None = None
-        self._view = Rate()
-        self._rate = Rate()
+        # A resumed run has samples behind it.
+        self._view, self._rate = Rate(state.samples), Rate(state.samples)
         self._unshown, self._drawn = 0, 0.0
         self._shown_rate = ""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_r1.core import ConfigError, InputError
-from deepseek_r1.train import AdamW, DSOptimizer, MemoryPlanner, Trainer, TrainingConfig
+from deepseek_r1.train import AdamW, DSOptimizer, MemoryPlanner, Trainer, TrainingConfig, _config
 from deepseek_r1.train._ds_optimizer import _Trial
 
 from .models_for_memory import cases
@@ -54,3 +54,23 @@ def test_nothing_fits_is_said_with_the_least():
         DSOptimizer(model, 1e-6, config=CPU).setup((x, y))
     with pytest.raises(InputError, match=r"nn\.Module"):
         DSOptimizer(lambda x: x)
+
+
+@pytest.mark.parametrize(("isa", "precision"), [(("amx_bf16",), "bf16"), ((), "fp32")])
+def test_precision_is_chosen_by_the_hardware_and_planned_with(monkeypatch, isa, precision):
+    real = _config.probe()
+    monkeypatch.setattr(_config, "probe", lambda: replace(real, isa=frozenset(isa)))
+    torch.manual_seed(0)
+    model, x, y = cases()["transformer"]
+    setup = DSOptimizer(model, 1, config=TrainingConfig(device="cpu")).setup((x, y))
+    assert setup.config.precision == precision
+    assert f"chosen: {precision}, AdamW" in setup.report.notes[0]
+    (why,) = (note for note in setup.report.notes if note.startswith("precision: "))
+    assert f"{precision}: this CPU has" in why
+    trainer = Trainer(model, [(x, y)], config=setup.config, optimizer=setup.optimizer)
+    assert trainer.config.precision == precision
+    by_hand = DSOptimizer(model, 1, config=TrainingConfig(device="cpu", precision="fp32")).setup((x, y))
+    assert by_hand.config.precision == "fp32"
+    assert not any(note.startswith("precision: ") for note in by_hand.report.notes)
+    if precision == "bf16":
+        assert setup.plan.unconstrained_peak_bytes < by_hand.plan.unconstrained_peak_bytes

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .._config import TrainingConfig
 
 SWITCH = "R1_MEMORY_OPTIMIZER"
+_ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
 def check_settings(memory_gb: Any, checkpoint_interval: Any, compress: Any) -> None:
@@ -44,7 +45,13 @@ def check_settings(memory_gb: Any, checkpoint_interval: Any, compress: Any) -> N
 
 
 def _switched_on() -> bool:
-    return os.environ.get(SWITCH, "") not in ("", "0")
+    value = os.environ.get(SWITCH, "").strip().lower()
+    if value not in (*_ON, *_OFF):
+        raise ConfigError(
+            f"the environment variable {SWITCH}={os.environ[SWITCH]!r}: 1, true, yes or on switches limits of memory "
+            "on, 0, false, no, off or nothing leaves them off. A limit in gigabytes is TrainingConfig(memory_gb=...)."
+        )
+    return value in _ON
 
 
 def settle_memory(config: TrainingConfig) -> tuple[TrainingConfig, dict[str, str]]:
