@@ -38,6 +38,7 @@ class Case:
         steps: how many are left out of the rate, and how many count.
         memory_gb: the limit that ours is given.
         tokens: of a sample, where the table tells tokens.
+        flops: of a sample's step, where the table tells the share of the device's peak (MFU).
         contestants: who takes part, in this order; the table compares with the first.
     """
 
@@ -50,6 +51,7 @@ class Case:
     steps: tuple[int, int] = (40, 100)
     memory_gb: float | None = None
     tokens: int = 0
+    flops: float = 0.0
     contestants: Mapping[str, Run] = field(default_factory=_three)
 
     def dataset(self, named: bool = False) -> Dataset[Any]:
@@ -181,6 +183,9 @@ def llama(hf: bool, small: bool) -> nn.Module:
     return Llama(LlamaConfig(**shape)).bfloat16()
 
 
+#: 6 for each of 1.236 billion parameters and token, and attention over 4,096 tokens (16 layers of width 2,048).
+LLAMA_FLOPS = 4096 * (6 * 1.2358e9 + 12 * 16 * 2048 * 4096)
+
 RANK = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -249,7 +254,8 @@ def cases(small: bool = False) -> dict[str, Case]:
         "bert-32x128": classified(128, 32),
         "llama-4x4096": Case(
             partial(llama, True, small), _tokens(length, 500 if small else 128_000), 4, partial(llama, False, small),
-            labels=True, steps=fewer, memory_gb=4.0 if small else 26.0, workers=workers,
+            labels=True, steps=fewer, memory_gb=4.0 if small else 26.0, workers=workers, tokens=length,
+            flops=LLAMA_FLOPS,
         ),
         "bert-128x512": classified(512, 128, memory_gb=4.0 if small else 16.0),
         LORA: _lora(small, length, fewer),

@@ -6,6 +6,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from deepseek_r1.train._flops import peak_flops
+
 from .cases import LORA, cases
 from .lora import BARS, BASE
 
@@ -44,7 +46,22 @@ def step(found: dict[str, Any]) -> Page:
             ])  # fmt: skip
         if notes := _notes(row.get("ours", {})):
             below.append(f"- {name}: {notes}.")
+        if found.get("hardware", {}).get("gpus"):
+            below += _shares_of_peak(name, row, found["hardware"]["gpus"][0]["name"])
     return head, body, below
+
+
+def _shares_of_peak(name: str, row: dict[str, Any], gpu: str) -> list[str]:
+    """Tokens a second and MFU of a case whose arithmetic is counted."""
+    case, peak = cases().get(name), peak_flops(gpu, "bf16")
+    if case is None or not case.flops or peak is None:
+        return []
+    runs = {who: run["samples_s"] for who, run in row.items() if "samples_s" in run}
+    said = (f"{who} {rate * case.tokens:,.0f} ({rate * case.flops / peak:.0%})" for who, rate in runs.items())
+    return [
+        f"- {name}, tokens/s and share of the {peak / 1e12:.0f} TFLOP/s of the data sheet (six operations for each "
+        f"parameter and token, and attention): {', '.join(said)}."
+    ]
 
 
 def lora(found: dict[str, Any]) -> Page:

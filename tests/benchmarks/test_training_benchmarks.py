@@ -125,6 +125,10 @@ def test_tables_of_adapters_say_whether_bars_are_kept():
 def test_tables_of_steps_and_of_limits():
     found = {"rows": {"plain-vit": {"a": {"failed": "E: x"}, "ours": {"samples_s": 5.0, "warm_s": 1.0, "notes": []}}}}
     assert "| plain-vit | a | E: x |" in from_page(page.step)(ABOUT | found)
+    rows = {"llama-4x4096": {"ours": {"samples_s": 15.0, "warm_s": 1.0, "notes": []}}}
+    gpu = {"hardware": ABOUT["hardware"] | {"gpus": [{"name": "NVIDIA H200"}]}}
+    # 7.41e9 for the parameters of each token, 1.61e9 for attention.
+    assert "ours 61,440 (56%)" in from_page(page.step)(ABOUT | gpu | {"rows": rows})
     row = {"share": 0.5, "limit_gb": 1.0, "predicted_gb": 0.9, "real_gb": 0.91, "kept": True, "error": -0.01,
            "time": 1.1, "best_uniform": "every 2", "best_uniform_time": 1.3}  # fmt: skip
     result = {"rows": [row, {"share": 0.1, "limit_gb": 0.2, "refused": "too small"}], "everything_gb": 2.0,
