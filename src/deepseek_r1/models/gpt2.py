@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ._attention import attend, check_tokens, packed_positions, split_heads, which_sees_which
 from ._counting import linear_weights, transformer_flops
-from ._losses import next_token_loss, output_logits
+from ._losses import IGNORED, next_token_loss, next_tokens, output_logits
 from ._pretrained import PretrainedModel
 from ._settings import ACTIVATIONS, ModelConfig
 
@@ -280,6 +280,10 @@ class GPT2(PretrainedModel[GPT2Config]):
         if labels is None:
             return output_logits(x_BLD, output)
         return {"loss": next_token_loss(x_BLD, output, labels, sequence_ids)}
+
+    def counted_labels(self, labels: Tensor, sequence_ids: Tensor | None = None, **_: Any) -> Tensor:
+        """How many labels the loss is a mean over, a scalar: micro-batches are weighted by it."""
+        return (next_tokens(labels, sequence_ids) != IGNORED).sum()
 
     def flops_per_token(self, length: int) -> float:
         """Operations of a training step for each token of texts of this length; see `transformer_flops`."""

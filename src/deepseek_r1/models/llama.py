@@ -29,7 +29,7 @@ from ._attention import (
     which_sees_which,
 )
 from ._counting import linear_weights, transformer_flops
-from ._losses import next_token_loss, output_logits
+from ._losses import IGNORED, next_token_loss, next_tokens, output_logits
 from ._pretrained import PretrainedModel
 from ._settings import ACTIVATIONS, ModelConfig
 
@@ -331,6 +331,10 @@ class Llama(PretrainedModel[LlamaConfig]):
         if labels is None:
             return output_logits(x_BLD, output)
         return {"loss": next_token_loss(x_BLD, output, labels, sequence_ids)}
+
+    def counted_labels(self, labels: Tensor, sequence_ids: Tensor | None = None, **_: Any) -> Tensor:
+        """How many labels the loss is a mean over, a scalar: micro-batches are weighted by it."""
+        return (next_tokens(labels, sequence_ids) != IGNORED).sum()
 
     def flops_per_token(self, length: int) -> float:
         """Operations of a training step for each token of texts of this length; see `transformer_flops`."""

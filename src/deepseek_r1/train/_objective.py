@@ -19,10 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import InputError
+from ._counted import IGNORED_CLASS, counted, loss_counter, own_counter, whole_labels
 
 LossFunction = Callable[[Any, Any], Tensor]
 Penalty = Callable[[nn.Module], Tensor]
-IGNORED_CLASS = -100
+
+_OWN = "the model's own loss"
+_PIECES = "steps of several pieces: micro-batches and the batches of a step were weighted by their "
+_BY_SAMPLES = (
+    f"{_PIECES}samples, as nothing says what the given loss is a mean over. If it averages over the labels that are "
+    "not -100, give it an attribute counted_labels: a function of the labels that says how many count"
+)
+_BY_LABELS = (
+    f"{_PIECES}labels that are not -100, as nothing says what the model's own loss is a mean over. If it is another "
+    "mean (for example because the model shifts labels by one), give the model a method counted_labels(labels, "
+    "**inputs) that says how many count"
+)
 
 
 class Objective:
@@ -34,6 +46,7 @@ class Objective:
     Attributes:
         name: what the loss is, once it is known.
         reason: why, if the rule chose it; empty if the user did.
+        split_note: for the Report, how steps of several pieces were weighted where that had to be assumed; else empty.
         penalties: those that were given.
 
     Example:
@@ -50,8 +63,8 @@ class Objective:
         for penalty in self.penalties:
             if not callable(penalty):
                 raise InputError(f"penalties has {penalty!r}; functions of the model that give a scalar are needed.")
-        self._loss = loss
-        self.reason = ""
+        self._loss, self._given = loss, loss is not None
+        self.reason, self.split_note = "", ""
         self.name = "" if loss is None else getattr(loss, "__name__", type(loss).__name__)
         # A model in the manner of transformers computes its own loss when it is given the labels.
         self._wants_labels = loss is None and "labels" in inspect.signature(model.forward).parameters
@@ -74,6 +87,27 @@ class Objective:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss ({self.name}) gave {what}; a scalar tensor is needed (reduction='mean').")
         return (loss if loss.ndim == 0 else loss.reshape(())), output
+
+    def counted(self, kwargs: Mapping[str, Any], labels: Any) -> Tensor | None:
+        """How many labels the loss of these is a mean over, a scalar on their device; None: it is one over samples.
+
+        The loss of a whole is the mean of its pieces' losses weighted by this. Asked after the first call only, when
+        it is known which loss it is.
+        """
+        if not whole_labels(labels):
+            return None
+        if self._given:
+            counter = loss_counter(self._loss)
+            if counter is None and labels.ndim > 1:
+                self.split_note = _BY_SAMPLES
+            return None if counter is None else counter(labels, kwargs)
+        if self.name == _OWN:
+            counter = own_counter(self._model)
+            if counter is not None:
+                return counter(labels, kwargs)
+            if labels.ndim > 1:
+                self.split_note = _BY_LABELS
+        return counted(labels)
 
     def penalty(self) -> Tensor | None:
         """The sum of all penalties at the model's present weights; None if there are none.
@@ -120,7 +154,7 @@ def choose_loss(output: Any, labels: Any) -> tuple[LossFunction, str, str]:
         'mean squared error'
     """
     if own_loss(output) is not None:
-        return lambda output, _: _present(own_loss(output)), "the model's own loss", "the model's output has a loss"
+        return lambda output, _: _present(own_loss(output)), _OWN, "the model's output has a loss"
     if labels is None:
         raise InputError(
             "the batches have no labels and the model's output has no loss. Let the loader give (inputs, labels) or a "
