@@ -172,7 +172,8 @@ def test_compiled_under_autocast():
 
 def test_the_operator_keeps_torchs_rules():
     leaves, labels = _case()
-    arguments = (leaves[0].detach(), leaves[1].detach(), labels, None, -100, 3, torch.float32, True, True, False)
+    arguments = (leaves[0].detach(), leaves[1].detach(), labels, None, torch.rand(len(labels)), -100, 3, torch.float32,
+                 True, True, False)  # fmt: skip
     torch.library.opcheck(torch.ops.deepseek_r1.linear_cross_entropy.default, arguments)
 
 
@@ -312,3 +313,26 @@ def test_on_a_gpu_it_is_the_same(dtype: torch.dtype, rows: int, vocabulary: int)
         assert theirs.grad is not None
         off = (mine.grad.cpu().double() - theirs.grad).norm() / theirs.grad.norm()
         assert float(off) < 2 * limit
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_count_by_their_weights(rows, bias):
+    hidden, weight = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(11, 6, dtype=torch.float64)
+    added = torch.randn(11, dtype=torch.float64) if bias else None
+    leaves = [t.requires_grad_() for t in (hidden, weight, added) if t is not None]
+    labels = torch.randint(0, 11, (2, 5))
+    labels[0, :2] = -100
+    shares = torch.rand(2, 5, dtype=torch.float64)
+    shares[1, 3] = 0
+    found = linear_cross_entropy(hidden, weight, labels, added, row_weights=shares, chunk_rows=rows)
+    each = F.cross_entropy(F.linear(hidden, weight, added).flatten(0, 1), labels.flatten(), reduction="none")
+    kept = shares * (labels != -100)
+    expected = (each * kept.flatten()).sum() / kept.sum()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves))
+    nothing = linear_cross_entropy(hidden, weight, labels, added, row_weights=torch.zeros(2, 5))
+    assert nothing == 0
+    assert not any(g.any() for g in torch.autograd.grad(nothing, leaves))
+    with pytest.raises(InputError, match="row_weights"):
+        linear_cross_entropy(hidden, weight, labels, row_weights=torch.ones(5))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import traceback
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from deepseek_r1.core import ConfigError, InputError, NonFiniteLossError
+from deepseek_r1.data import DSDataLoader
 from deepseek_r1.train import Trainer, TrainingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -38,6 +41,86 @@ def test_an_error_in_the_dataset_is_shown_with_its_place(workers):
     assert 'raise ZeroDivisionError("sample nine")' in text, "the worker's own traceback is there"
     if workers:
         assert "test_training_loaders.py, line" in str(error.value), "and its last line in the message"
+
+
+class Failing(Dataset):
+    """Does what it is told at sample 20."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        if i == 20:
+            self.what()
+        return torch.ones(3), i % 2
+
+
+class Uneven(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.ones(3 + i), i % 2
+
+
+def _corrupt():
+    raise KeyError("sample 20 is corrupt")
+
+
+def _refuse():
+    raise InputError("sample 20 has no label.\n  It needs one")
+
+
+def _wrong_type():
+    raise TypeError("no tensor here")
+
+
+def _killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _message(loader):
+    with pytest.raises(InputError) as error:
+        train(loader)
+    return str(error.value), error.value.__cause__
+
+
+@pytest.mark.parametrize("kind", [DataLoader, DSDataLoader])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_error_itself_is_kept_and_not_taken_for_one_of_shapes(kind, workers):
+    for what, text in ((_corrupt, "KeyError: 'sample 20 is corrupt'"), (_wrong_type, "TypeError: no tensor here")):
+        message, cause = _message(kind(Failing(what), batch_size=8, num_workers=workers))
+        assert message.startswith(f"the loader failed while making batch 3 of epoch 1: {text}")
+        assert "same shape" not in message
+        assert "\n" not in message
+        assert ("While sample 20 was read" in message) is (kind is DSDataLoader)
+        assert isinstance(cause, KeyError | TypeError)
+
+
+@pytest.mark.parametrize("kind", [DataLoader, DSDataLoader])
+def test_what_a_worker_refuses_comes_with_its_batch(kind):
+    message, cause = _message(kind(Failing(_refuse), batch_size=8, num_workers=1))
+    assert message.startswith("the loader failed while making batch 3 of epoch 1: InputError: sample 20 has no label.")
+    assert "Traceback" not in message
+    assert isinstance(cause, InputError)
+    assert "_refuse" in str(cause)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_of_several_shapes_are_told_how_to_fit(workers):
+    message, _ = _message(DataLoader(Uneven(), batch_size=4, num_workers=workers))
+    assert "batch 1 of epoch 1" in message
+    assert "Every sample of a batch must have the same shape: pad or crop" in message
+
+
+def test_a_worker_that_was_killed_is_about_memory():
+    message, _ = _message(DataLoader(Failing(_killed), batch_size=8, num_workers=1))
+    assert "/dev/shm" in message
+    assert "memory ran out" in message
+    assert "same shape" not in message
 
 
 class Short:

@@ -95,32 +95,53 @@ def output_logits(hidden: Tensor, output: nn.Module | Tensor) -> Tensor:
 
 
 def next_token_loss(
-    hidden_BLD: Tensor, output: nn.Module | Tensor, labels: Tensor, sequence_ids: Tensor | None
+    hidden_BLD: Tensor,
+    output: nn.Module | Tensor,
+    labels: Tensor,
+    sequence_ids: Tensor | None,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """The loss of a language model from its last hidden states; labels are the tokens themselves, not shifted.
 
     Args:
         output: the output layer, or the matrix [V, D]. A plain `nn.Linear` is not called but read, which makes logits
             and gradients in one pass; any other module (with an adapter, with few bits) is called.
+        token_weights: [B, L], what it counts for to predict a token; the loss is then their weighted mean.
     """
     following = next_tokens(labels, sequence_ids)
+    rows = None if token_weights is None else F.pad(token_weights[:, 1:], (0, 1)).detach()
     if isinstance(output, Tensor):
-        return linear_cross_entropy(hidden_BLD, output, following, ignore_index=IGNORED)
+        return linear_cross_entropy(hidden_BLD, output, following, ignore_index=IGNORED, row_weights=rows)
     if type(output).forward is nn.Linear.forward:
         weight, bias = cast(nn.Linear, output).weight, cast(nn.Linear, output).bias
-        return linear_cross_entropy(hidden_BLD, weight, following, bias, ignore_index=IGNORED)
+        return linear_cross_entropy(hidden_BLD, weight, following, bias, ignore_index=IGNORED, row_weights=rows)
+    counts = following != IGNORED
+    shares = counts if rows is None else torch.where(counts, rows, 0)
+    parts = (part.split(CHUNK_ROWS) for part in (hidden_BLD.flatten(0, 1), following.flatten(), shares.flatten()))
     total = torch.zeros((), device=hidden_BLD.device)
-    for hidden_CD, labels_C in zip(
-        hidden_BLD.flatten(0, 1).split(CHUNK_ROWS), following.flatten().split(CHUNK_ROWS), strict=True
-    ):
+    for hidden_CD, labels_C, shares_C in zip(*parts, strict=True):
         # Logits of all tokens would be the largest tensor of a step: each chunk's are made anew in the backward pass.
-        total = total + checkpoint(_summed_loss, output, hidden_CD, labels_C, use_reentrant=False)
-    return total / (following != IGNORED).sum().clamp(min=1)
+        total = total + checkpoint(_summed_loss, output, hidden_CD, labels_C, shares_C, use_reentrant=False)
+    whole = shares.sum()
+    return total / torch.where(whole == 0, 1, whole)
 
 
-def _summed_loss(output: nn.Module, hidden_CD: Tensor, labels_C: Tensor) -> Tensor:
+def _summed_loss(output: nn.Module, hidden_CD: Tensor, labels_C: Tensor, shares_C: Tensor) -> Tensor:
     logits_CV = output(hidden_CD)
     logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
     labels_C, wrong = known_labels(labels_C, logits_CV.shape[1], IGNORED)
-    loss = F.cross_entropy(logits_CV, labels_C, ignore_index=IGNORED, reduction="sum")
-    return loss * torch.where(wrong, torch.nan, 1.0)
+    losses_C = F.cross_entropy(logits_CV, labels_C, ignore_index=IGNORED, reduction="none")
+    return (losses_C * shares_C).sum() * torch.where(wrong, torch.nan, 1.0)
+
+
+def counted_next_tokens(labels: Tensor, sequence_ids: Tensor | None, token_weights: Tensor | None = None) -> Tensor:
+    """What `next_token_loss` is a mean over: the number of labels that count, or the sum of their weights.
+
+    Example:
+        >>> counted_next_tokens(torch.tensor([[5, 6, -100, 8]]), None).item()
+        2
+    """
+    counts = next_tokens(labels, sequence_ids) != IGNORED
+    if token_weights is None:
+        return counts.sum()
+    return torch.where(counts, F.pad(token_weights[:, 1:], (0, 1)), 0).sum()

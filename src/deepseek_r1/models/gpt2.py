@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core import InputError
 from ._attention import attend, check_tokens, packed_positions, split_heads, which_sees_which
 from ._counting import linear_weights, transformer_flops
-from ._losses import next_token_loss, output_logits
+from ._losses import counted_next_tokens, next_token_loss, output_logits
 from ._pretrained import PretrainedModel
 from ._settings import ACTIVATIONS, ModelConfig
 
@@ -192,6 +193,8 @@ class GPT2(PretrainedModel[GPT2Config]):
         ['loss']
     """
 
+    #: A label is compared with the output one place before it.
+    shifts_labels = True
     config_class = GPT2Config
     architecture = "GPT2LMHeadModel"
     prefix = "transformer."
@@ -256,6 +259,7 @@ class GPT2(PretrainedModel[GPT2Config]):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         sequence_ids: Tensor | None = None,
+        token_weights: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Logits [B, L, V], or with labels a dict of "loss" alone, for which the logits of all tokens never exist.
 
@@ -267,19 +271,29 @@ class GPT2(PretrainedModel[GPT2Config]):
                 it. -100 does not count; give it to padding.
             sequence_ids: [B, L], numbers of the texts packed into a row, 0 for padding. A text then sees itself
                 alone, its positions begin at 0, and it does not predict the next one's first token.
+            token_weights: [B, L], floating, with labels: what predicting each token counts for. The loss is then the
+                weighted mean. None: all count alike.
 
         Raises:
-            InputError: shapes do not fit.
+            InputError: shapes do not fit, or there are weights and no labels.
         """
         check_tokens(
             input_ids, self.config.n_positions, attention_mask=attention_mask,
-            position_ids=position_ids, labels=labels, sequence_ids=sequence_ids,
+            position_ids=position_ids, labels=labels, sequence_ids=sequence_ids, token_weights=token_weights,
         )  # fmt: skip
         x_BLD = self.transformer(input_ids, attention_mask, position_ids, sequence_ids)
         output = self.output_weight if self.lm_head is None else self.lm_head
         if labels is None:
+            if token_weights is not None:
+                raise InputError("token_weights weigh the losses of tokens; give labels too, or leave them out.")
             return output_logits(x_BLD, output)
-        return {"loss": next_token_loss(x_BLD, output, labels, sequence_ids)}
+        return {"loss": next_token_loss(x_BLD, output, labels, sequence_ids, token_weights)}
+
+    def counted_labels(
+        self, labels: Tensor, sequence_ids: Tensor | None = None, token_weights: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """How many labels the loss is a mean over (or the sum of their weights), a scalar: a micro-batch's weight."""
+        return counted_next_tokens(labels, sequence_ids, token_weights)
 
     def flops_per_token(self, length: int) -> float:
         """Operations of a training step for each token of texts of this length; see `transformer_flops`."""

@@ -29,6 +29,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     *,
+    row_weights: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """`F.cross_entropy(F.linear(hidden, weight, bias), labels)`, without the logits of all rows at once.
@@ -46,6 +47,8 @@ def linear_cross_entropy(
             another value makes the loss and all gradients NaN, so that the Trainer stops and names the batch.
         bias: [V] or None.
         ignore_index: the label of rows that do not count.
+        row_weights: [...], floating, what each row counts for: the loss is then the sum of weight times loss, divided
+            by the sum of the weights of rows that count. They get no gradient. None: all rows count alike.
         chunk_rows: rows whose logits exist at once; None: as many as fit 64 MiB, on a GPU 1 GiB.
 
     Returns:
@@ -61,13 +64,17 @@ def linear_cross_entropy(
         True
     """
     dtype = _check(hidden, weight, labels, bias)
+    if row_weights is not None and (row_weights.shape != labels.shape or not row_weights.is_floating_point()):
+        given = f"{row_weights.dtype} {tuple(row_weights.shape)}"
+        raise InputError(f"row_weights {given}: floating numbers of labels' shape {tuple(labels.shape)} are needed.")
     if chunk_rows is not None and (isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise InputError(f"linear_cross_entropy(chunk_rows={chunk_rows!r}): an integer >= 1, or None, is needed.")
     most = CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES
     rows = chunk_rows or max(1, most // (4 * weight.shape[0]))
     hidden_TD, labels_T = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss: Tensor = _forward(hidden_TD, weight, labels_T, bias, ignore_index, rows, dtype, *wanted)[0]
+    weights_T = None if row_weights is None else row_weights.detach().reshape(-1)
+    loss: Tensor = _forward(hidden_TD, weight, labels_T, bias, weights_T, ignore_index, rows, dtype, *wanted)[0]
     return loss
 
 
@@ -129,6 +136,7 @@ def _forward(
     weight_VD: Tensor,
     labels_T: Tensor,
     bias_V: Tensor | None,
+    weights_T: Tensor | None,
     ignore_index: int,
     rows: int,
     dtype: torch.dtype,
@@ -136,7 +144,7 @@ def _forward(
     for_weight: bool,
     for_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, gradients of hidden, weight and bias times the number of labels, one divided by that number).
+    """(loss, gradients of hidden, weight and bias times the sum of the rows' weights, one divided by that sum).
 
     An operator of its own, so that a compiler sees one node instead of hundreds of chunks. Gradients that are not
     asked for are empty. The division comes last: 1 / 16,384 of a probability is zero in fp16.
@@ -146,6 +154,7 @@ def _forward(
     labels_T, wrong = known_labels(labels_T, weight_VD.shape[0], ignore_index)
     counts_T = labels_T != ignore_index
     safe_T = torch.where(counts_T, labels_T, 0)
+    shares_T = counts_T if weights_T is None else torch.where(counts_T, weights_T, 0).to(wide)
     total = torch.zeros((), dtype=wide, device=hidden_TD.device)
     wanted, fused = for_hidden or for_weight or for_bias, hidden_TD.is_cuda and wide == torch.float32
     if fused:
@@ -154,23 +163,27 @@ def _forward(
     with torch.autocast(hidden_TD.device.type, enabled=False):
         for start in range(0, hidden_TD.shape[0], rows):
             part = slice(start, start + rows)
-            hidden_CD, safe_C1, counts_C1 = hidden_TD[part].to(dtype), safe_T[part, None], counts_T[part, None]
+            hidden_CD, safe_C1, shares_C1 = hidden_TD[part].to(dtype), safe_T[part, None], shares_T[part, None]
             logits_CV = F.linear(hidden_CD, weight_VD, bias_V)
             if fused:
-                total += slopes_(logits_CV, labels_T[part], ignore_index, write=wanted).sum()
+                losses_C = slopes_(logits_CV, labels_T[part], ignore_index, write=wanted)
+                total += losses_C.sum() if weights_T is None else losses_C.flatten() @ shares_C1.flatten()
                 if wanted:
+                    if weights_T is not None:
+                        logits_CV.mul_(shares_C1)
                     _add_gradients(grads, logits_CV, hidden_CD, weight_VD, part)
                 continue
             logits_CV = logits_CV.to(wide)
             lse_C1 = logits_CV.logsumexp(1, keepdim=True)
-            total += ((lse_C1 - logits_CV.gather(1, safe_C1)) * counts_C1).sum()
+            total += ((lse_C1 - logits_CV.gather(1, safe_C1)) * shares_C1).sum()
             if wanted:
                 # The derivative of the losses by the logits: probabilities, less one at the label.
                 slopes_CV = logits_CV.sub_(lse_C1).exp_()
-                slopes_CV.scatter_add_(1, safe_C1, slopes_CV.new_full(safe_C1.shape, -1.0)).mul_(counts_C1)
+                slopes_CV.scatter_add_(1, safe_C1, slopes_CV.new_full(safe_C1.shape, -1.0)).mul_(shares_C1)
                 _add_gradients(grads, slopes_CV, hidden_CD, weight_VD, part)
+    whole = shares_T.sum().to(wide)
     # The loss and every gradient are multiplied with it.
-    share = torch.where(wrong, torch.nan, 1 / counts_T.sum().clamp(min=1).to(wide))
+    share = torch.where(wrong, torch.nan, 1 / torch.where(whole == 0, 1.0, whole))
     return total * share, *grads, share
 
 
@@ -207,6 +220,7 @@ def _fake(
     weight_VD: Tensor,
     labels_T: Tensor,
     bias_V: Tensor | None,
+    weights_T: Tensor | None,
     ignore_index: int,
     rows: int,
     dtype: torch.dtype,
@@ -234,7 +248,7 @@ def _backward(ctx: Any, grad: Tensor | None, *more: Tensor | None) -> tuple[Tens
             "derivatives use F.cross_entropy(F.linear(hidden, weight), labels)."
         )
     *kept, share = ctx.saved_tensors
-    none = (None,) * 6
+    none = (None,) * 7
     if grad is None:
         return None, None, None, None, *none
     scale = grad * share

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -111,23 +112,73 @@ def _failing_clearly(loader: Any, epoch: int, number: int = 0) -> Iterator[Any]:
         for batch in loader:
             number += 1
             yield batch
-    except (InputError, GeneratorExit):
+    except GeneratorExit:
         raise
     except Exception as e:
-        raise InputError(
-            f"the loader failed while making batch {number + 1} of epoch {epoch + 1}: {_first_line(e)}. Every sample "
-            "of a batch must have the same shape (pad or crop them, or give the loader a collate_fn); the error above "
-            "says where it began."
-        ) from e
+        if isinstance(e, InputError) and not _from_worker(str(e)):
+            raise
+        try:
+            raise _failed(e, f"batch {number + 1} of epoch {epoch + 1}") from e
+        except RuntimeError as gone:
+            # The handler by which torch tells a worker's death may run just here.
+            raise _failed(gone, f"batch {number + 1} of epoch {epoch + 1}") from gone
 
 
-def _first_line(e: Exception) -> str:
+def _failed(e: Exception, what: str) -> InputError:
+    text = _in_short(e).rstrip(".")
+    return InputError(f"the loader failed while making {what}: {text}. {_advice(e, text)}")
+
+
+def worker_died(e: RuntimeError, epoch: int) -> InputError | None:
+    """The error to show for a worker's death that torch tells wherever the process is, as in a step; else None."""
+    if re.match(r"DataLoader worker \(pid", str(e)) is None:
+        return None
+    return _failed(e, f"batches of epoch {epoch + 1}")
+
+
+def _from_worker(text: str) -> bool:
+    return "DataLoader worker process" in text
+
+
+def _in_short(e: Exception) -> str:
+    """An error in one line, with the notes that were added to it."""
     lines = [line for line in str(e).strip().splitlines() if line.strip()]
-    text = lines[0] if lines else ""
-    if "worker process" in text:
-        # Errors out of a worker process carry their whole traceback; the last line is the error.
-        text = f"{lines[-1]}{_worker_place(lines)}"
-    return f"{type(e).__name__}: {text}" if text and not text.startswith(type(e).__name__) else text or type(e).__name__
+    if _from_worker(str(e)):
+        # Errors out of a worker process carry their whole traceback as text.
+        return f"{' '.join(_raised(lines))[:600].rstrip('.')}{_worker_place(lines)}"
+    text = " ".join([*lines[:1], *getattr(e, "__notes__", ())])
+    return text if text.startswith(type(e).__name__) else f"{type(e).__name__}: {text}".rstrip(": ")
+
+
+def _raised(lines: list[str]) -> list[str]:
+    """What was raised, and notes, of a traceback: what stands behind the last frame and its source."""
+    frames = [i for i, line in enumerate(lines) if line.startswith('  File "')]
+    after = lines[frames[-1] + 1 :] if frames else lines
+    own = next((i for i, line in enumerate(after) if not line.startswith("    ")), 0)
+    # The class is written with its module.
+    first = re.sub(r"^(?:\w+\.)+(?=\w+(?::|$))", "", after[own]) if after else "an error"
+    return [first, *(line.strip() for line in after[own + 1 :])]
+
+
+def _ended_from_outside(e: Exception, text: str) -> bool:
+    """Whether the error is that a worker process is gone, as this process sees it."""
+    if re.search(r"exited unexpectedly|killed by signal|bus error|shared memory", text, re.IGNORECASE):
+        return True
+    # The connection may break before torch sees that the worker is gone.
+    frames = traceback.extract_tb(e.__traceback__)
+    return isinstance(e, ConnectionError | EOFError) and any(f"{os.sep}multiprocessing{os.sep}" in f[0] for f in frames)
+
+
+def _advice(e: Exception, text: str) -> str:
+    if _ended_from_outside(e, text):
+        return (
+            "A worker process was ended from outside: mostly because memory ran out (use fewer num_workers, a smaller "
+            "prefetch_factor or batch) or /dev/shm did, through which batches come (in a container raise --shm-size); "
+            "or a library crashed in it, which num_workers=0 shows."
+        )
+    if re.search(r"equal size|same (shape|size)|resize storage", text):
+        return "Every sample of a batch must have the same shape: pad or crop them, or give the loader a collate_fn."
+    return "The error above says where it began."
 
 
 def _worker_place(lines: list[str]) -> str:

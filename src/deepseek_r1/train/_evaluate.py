@@ -6,7 +6,7 @@ They leave the model's modes and the global generators as they were. Knows nothi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ._epoch import batches, empty_loader
 from ._objective import Objective, default_metrics
 from ._rng import loader_state, preserved_rng, set_loader_state
 from ._step import autocast
+from ._weighted import take_weights, weight_entries
 
 _EXAMPLE_SAMPLES = 8
 
@@ -133,17 +134,18 @@ def predict(model: nn.Module, loader: Iterable[Any], *, device: torch.device, pr
         for batch in batches(loader, 0, device):
             args, kwargs, _ = to_device(unpack_batch(batch), device)
             with autocast(device, precision):
-                outputs.append(_to_cpu(model(*args, **kwargs)))
+                outputs.append(_to_cpu(model(*args, **take_weights(kwargs, weight_entries(model))[0])))
     if not outputs:
         raise empty_loader(loader)
     # Tensors made in inference mode may not be used in training later; the concatenation is made outside it.
     return _concatenate(outputs)
 
 
-def example_inputs(loader: Any, device: torch.device) -> Any:
+def example_inputs(loader: Any, device: torch.device, no_inputs: Collection[str] = ()) -> Any:
     """A few samples of a loader's first batch in the form `graph.capture` takes, where the loader left them.
 
-    A tensor, a tuple of positional inputs, or a dict of keyword inputs. No generator is advanced.
+    A tensor, a tuple of positional inputs, or a dict of keyword inputs, without those named in `no_inputs`. No
+    generator is advanced.
     """
     before = loader_state(loader)
     with preserved_rng(device):
@@ -152,6 +154,7 @@ def example_inputs(loader: Any, device: torch.device) -> Any:
     if batch is None:
         raise empty_loader(loader)
     args, kwargs, _ = unpack_batch(batch)
+    kwargs = {name: value for name, value in kwargs.items() if name not in no_inputs}
     args, kwargs = slice_batch((args, kwargs), 0, min(batch_size((args, kwargs)), _EXAMPLE_SAMPLES))
     if kwargs:
         return kwargs

@@ -14,7 +14,7 @@ from ..core import InputError
 from ..data import DSDataLoader
 from ._callbacks import call, overriding
 from ._configured import acting
-from ._epoch import batches, empty_loader, epoch_start, loader_length, windows
+from ._epoch import batches, empty_loader, epoch_start, loader_length, windows, worker_died
 from ._folder import checkpoints
 from ._interrupt import Terminated
 
@@ -28,7 +28,12 @@ def run(trainer: Trainer, last_epoch: int, total: int | None, watch: Watch) -> N
     call(overriding(trainer.callbacks, "on_train_start"), "on_train_start", trainer)
     trainer._stepper.look()
     while trainer.epoch < last_epoch and not trainer._progress.stopped:
-        _run_epoch(trainer, total, watch)
+        try:
+            _run_epoch(trainer, total, watch)
+        except RuntimeError as e:
+            if (died := worker_died(e, trainer.epoch)) is None:
+                raise
+            raise died from e
     if trainer.config.save_dir is not None:
         _finish_saving(trainer)
         if trainer._saver.saved_step != trainer.step:

@@ -19,10 +19,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import InputError
+from ._counted import IGNORED_CLASS, counted, loss_counter, own_counter, whole_labels
+from ._weighted import (
+    Weights,
+    counting,
+    from_logits,
+    mean_of,
+    of_each_sample,
+    shifts_of,
+    spread,
+    take_weights,
+    unknown,
+    weight_entries,
+)  # fmt: skip
 
 LossFunction = Callable[[Any, Any], Tensor]
 Penalty = Callable[[nn.Module], Tensor]
-IGNORED_CLASS = -100
+
+_OWN = "the model's own loss"
+_PIECES = "steps of several pieces: micro-batches and the batches of a step were weighted by their "
+_BY_SAMPLES = (
+    f"{_PIECES}samples, as nothing says what the given loss is a mean over. If it averages over the labels that are "
+    "not -100, give it an attribute counted_labels: a function of the labels that says how many count"
+)
+_BY_LABELS = (
+    f"{_PIECES}labels that are not -100, as nothing says what the model's own loss is a mean over. If it is another "
+    "mean (for example because the model shifts labels by one), give the model a method counted_labels(labels, "
+    "**inputs) that says how many count"
+)
 
 
 class Objective:
@@ -34,6 +58,7 @@ class Objective:
     Attributes:
         name: what the loss is, once it is known.
         reason: why, if the rule chose it; empty if the user did.
+        split_note: for the Report, how steps of several pieces were weighted where that had to be assumed; else empty.
         penalties: those that were given.
 
     Example:
@@ -50,30 +75,93 @@ class Objective:
         for penalty in self.penalties:
             if not callable(penalty):
                 raise InputError(f"penalties has {penalty!r}; functions of the model that give a scalar are needed.")
-        self._loss = loss
-        self.reason = ""
+        self._loss, self._given = loss, loss is not None
+        self.reason, self.split_note = "", ""
         self.name = "" if loss is None else getattr(loss, "__name__", type(loss).__name__)
         # A model in the manner of transformers computes its own loss when it is given the labels.
-        self._wants_labels = loss is None and "labels" in inspect.signature(model.forward).parameters
+        named = inspect.signature(model.forward).parameters
+        self._wants_labels = loss is None and "labels" in named
+        self._takes_weights = self._wants_labels and "token_weights" in named
+        self._entries = weight_entries(model)
 
     def __call__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any
     ) -> tuple[Tensor, Any]:
-        """Run `forward` and give (loss, output). The loss is the mean over the batch's samples.
+        """Run `forward` and give (loss, output). The loss is the mean over the batch's samples, or labels that count.
+
+        Keyword inputs `loss_weight` [B] and `token_weights` (of the labels' shape) are taken out and weigh it; see
+        `_weighted`. A model that takes `token_weights` is given them with the labels.
 
         Raises:
-            InputError: no rule fits, or the loss is no scalar.
+            InputError: no rule fits, the loss is no scalar, or weights came that it cannot take.
         """
+        kwargs, weights = take_weights(kwargs, self._entries)
+        factor: Tensor | None = None
         if self._wants_labels and labels is not None:
             kwargs = {**kwargs, "labels": labels}
+            if weights is not None and self._takes_weights and whole_labels(labels):
+                kwargs["token_weights"], factor = self._for_model(labels, weights)
         output = forward(*args, **kwargs)
         if self._loss is None:
             self._loss, self.name, self.reason = choose_loss(output, labels)
-        loss = self._loss(output, labels) if labels is not None else self._without_labels(output)
+        if labels is None:
+            loss = self._without_labels(output)
+        elif weights is None or factor is not None:
+            loss = self._loss(output, labels)
+        else:
+            loss = self._weighted(output, labels, weights)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss ({self.name}) gave {what}; a scalar tensor is needed (reduction='mean').")
-        return (loss if loss.ndim == 0 else loss.reshape(())), output
+        loss = loss if loss.ndim == 0 else loss.reshape(())
+        return (loss if factor is None else loss * factor), output
+
+    def _for_model(self, labels: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+        """Weights of tokens for a model whose loss is the weighted mean, and what that is then multiplied with."""
+        counts = counting(labels, bool(shifts_of(self._model)), weights.sequence_ids)
+        each, size = spread(counts, weights)
+        # Of about the size of one: a product of a loss in fp16 has no small numbers.
+        return each * labels.shape[-1], each.sum() / torch.where(size == 0, 1, size)
+
+    def _weighted(self, output: Any, labels: Any, weights: Weights) -> Tensor:
+        """The loss of a batch with weights, where the model does not weigh it."""
+        loss = self._loss
+        assert loss is not None, "chosen at the first output"
+        if self._given:
+            return of_each_sample(loss, output, labels, weights)
+        if self.name == _OWN:
+            shifts = shifts_of(self._model)
+            if shifts is None or not whole_labels(labels):
+                raise unknown("the model's own loss")
+            return from_logits(prediction(output), labels, shifts, weights)
+        kind, _ = _label_kind(prediction(output), labels)
+        counts = labels != IGNORED_CLASS if kind == "class" else torch.ones_like(labels, dtype=torch.bool)
+        return mean_of(_ELEMENTWISE[kind](output, labels), *spread(counts, weights))
+
+    def counted(self, kwargs: Mapping[str, Any], labels: Any) -> Tensor | None:
+        """How many labels the loss of these is a mean over, a scalar on their device; None: it is one over samples.
+
+        The loss of a whole is the mean of its pieces' losses weighted by this. Asked after the first call only, when
+        it is known which loss it is.
+        """
+        if not whole_labels(labels):
+            return None
+        _, weights = take_weights(kwargs, self._entries)
+        if weights is not None:
+            shifts = self.name == _OWN and bool(shifts_of(self._model))
+            return None if self._given else spread(counting(labels, shifts, weights.sequence_ids), weights)[1]
+        if self._given:
+            counter = loss_counter(self._loss)
+            if counter is None and labels.ndim > 1:
+                self.split_note = _BY_SAMPLES
+            return None if counter is None else counter(labels, kwargs)
+        if self.name == _OWN:
+            counter = own_counter(self._model)
+            if counter is not None:
+                return counter(labels, kwargs)
+            if labels.ndim > 1:
+                self.split_note = _BY_LABELS
+        return counted(labels)
 
     def _without_labels(self, output: Any) -> Any:
         # The model's own loss, or one of the user's that needs none.
@@ -131,7 +219,7 @@ def choose_loss(output: Any, labels: Any) -> tuple[LossFunction, str, str]:
         'mean squared error'
     """
     if own_loss(output) is not None:
-        return lambda output, _: _present(own_loss(output)), "the model's own loss", "the model's output has a loss"
+        return lambda output, _: _present(own_loss(output)), _OWN, "the model's output has a loss"
     if labels is None:
         raise InputError(
             "the batches have no labels and the model's output has no loss. Let the loader give (inputs, labels) or a "
@@ -162,6 +250,16 @@ def choose_loss(output: Any, labels: Any) -> tuple[LossFunction, str, str]:
         "(outputs, labels), or give integer labels with outputs (N, classes, ...), or labels of the outputs' shape."
         + _hint(prediction(output), labels)
     )
+
+
+#: The rule's losses, one number a label.
+_ELEMENTWISE: dict[str, LossFunction] = {
+    "class": lambda output, labels: F.cross_entropy(prediction(output), labels.long(), reduction="none"),
+    "bool": lambda output, labels: F.binary_cross_entropy_with_logits(
+        prediction(output), _like(output, labels), reduction="none"
+    ),
+    "float": lambda output, labels: F.mse_loss(prediction(output), _like(output, labels), reduction="none"),
+}
 
 
 def _like(output: Any, labels: Tensor) -> Tensor:

@@ -56,30 +56,29 @@ def accumulate(
 ) -> tuple[Tensor, int]:
     """Forward and backward over all batches; adds the gradients of the mean loss over all their samples.
 
-    Each micro-batch's loss is weighted with its share of the samples, so that the sum is the gradient of one big
-    batch, whatever the pieces' sizes (for a loss that is a mean over samples, in a model that treats samples
-    independently; batch norm does not).
+    Each piece's loss is weighted with its share of what the loss is a mean over, so that the sum is the gradient of
+    one big batch, whatever the pieces' sizes: of the samples, or of the labels that count where it averages over those
+    (see `Objective.counted`). That holds for models that treat samples independently; batch norm does not.
 
     Returns:
         The mean loss with the objective's penalties (detached scalar) and the number of samples.
     """
     parts = [unpack_batch(batch) for batch in batches]
     sizes = [batch_size(part) for part in parts]
-    total = sum(sizes)
+    pieces = [p for part, size in zip(parts, sizes, strict=True) for p in _pieces(part, size, micro_batch_size or size)]
+    shares: list[float | Tensor] = []
     sum_loss: Tensor | None = None
-    for part, size in zip(parts, sizes, strict=True):
-        for start in range(0, size, micro_batch_size or size):
-            stop = min(start + (micro_batch_size or size), size)
-            piece = part if stop - start == size else slice_batch(part, start, stop)
-            args, kwargs, labels = to_device(piece, device)
-            with autocast(device, precision):
-                loss, output = objective(forward, args, kwargs, labels)
-            share = (stop - start) / total
-            weighted = loss if share == 1.0 else loss * share
-            (weighted if scale is None else scale(weighted)).backward()
-            sum_loss = weighted.detach() if sum_loss is None else sum_loss + weighted.detach()
-            # Nothing of this piece may be alive while the next one runs.
-            del piece, args, kwargs, labels, loss, output, weighted
+    for number, piece in enumerate(pieces):
+        args, kwargs, labels = to_device(piece, device)
+        with autocast(device, precision):
+            loss, output = objective(forward, args, kwargs, labels)
+        # Which loss it is may be known from the first output on.
+        shares = shares or _shares(objective, pieces)
+        weighted = _weighted(loss, shares[number])
+        (weighted if scale is None else scale(weighted)).backward()
+        sum_loss = weighted.detach() if sum_loss is None else sum_loss + weighted.detach()
+        # Nothing of this piece may be alive while the next one runs.
+        del piece, args, kwargs, labels, loss, output, weighted
     assert sum_loss is not None, "a step needs at least one batch"
     penalty = objective.penalty()
     if penalty is not None:
@@ -87,7 +86,37 @@ def accumulate(
         if penalty.requires_grad:
             (penalty if scale is None else scale(penalty)).backward()
         sum_loss = sum_loss + penalty.detach().to(sum_loss.device)
-    return sum_loss, total
+    return sum_loss, sum(sizes)
+
+
+def _pieces(part: Any, size: int, most: int) -> list[Any]:
+    """A batch in views of at most `most` samples."""
+    if most >= size:
+        return [part]
+    return [slice_batch(part, start, min(start + most, size)) for start in range(0, size, most)]
+
+
+def _shares(objective: Objective, pieces: Sequence[Any]) -> list[float | Tensor]:
+    """What part of the whole each piece's loss is. Counts of labels stay where the labels are."""
+    if len(pieces) == 1:
+        return [1.0]
+    counts = [objective.counted(kwargs, labels) for _, kwargs, labels in pieces]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(pieces):
+        sizes = [batch_size(piece) for piece in pieces]
+        return [size / sum(sizes) for size in sizes]
+    each = torch.stack(known).double()
+    total = each.sum()
+    # A step without a label that counts has no gradient.
+    return list((each / torch.where(total == 0, 1.0, total)).unbind())
+
+
+def _weighted(loss: Tensor, share: float | Tensor) -> Tensor:
+    if not isinstance(share, Tensor):
+        return loss if share == 1.0 else loss * share
+    share = share.to(loss.device, torch.promote_types(loss.dtype, torch.float32), non_blocking=True)
+    # The mean over no labels is not a number; such a piece is no part of the whole.
+    return torch.where(share == 0, 0.0, loss * share)
 
 
 def train_step(

@@ -42,6 +42,8 @@ def run_notes(reasons: Mapping[str, str], loss: Objective, progress: Progress, t
     notes = [f"{name}: {reason}" for name, reason in reasons.items()]
     if loss.name:
         notes.append(f"loss: {loss.name}" + (f", chosen for {loss.reason}" if loss.reason else ", as given"))
+    if loss.split_note:
+        notes.append(loss.split_note)
     if not taken:
         notes.append(f"no step was taken: the run has its {progress.epoch} epoch(s) already; ask for more to go on")
     if progress.stopped:

@@ -39,6 +39,7 @@ from ._state import metrics, put_back, take
 from ._stepper import Stepper, check_batch_size
 from ._summary import run_notes, summarise
 from ._watch import Watch
+from ._weighted import weight_entries
 
 
 class Trainer:
@@ -248,7 +249,7 @@ class Trainer:
         self._stepper.release()
         if options.get("example_inputs") is None:
             loader = self.train_loader if self.val_loader is None else self.val_loader
-            options["example_inputs"] = example_inputs(loader, self.device)
+            options["example_inputs"] = example_inputs(loader, self.device, weight_entries(self.model))
         place = next(self.model.parameters()).device
         with self.averaged(), mode(self.model, False), preserved_rng(self.device):
             try:
