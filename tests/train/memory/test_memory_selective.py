@@ -52,3 +52,24 @@ def test_the_operators_kept_are_the_best_of_all_sets_within_the_bytes(share):
     kept = _most_seconds(ops, limit)
     assert sum(op.nbytes for op in ops if op.key in kept) <= limit
     assert sum(op.seconds for op in ops if op.key in kept) == pytest.approx(best)
+
+
+def test_a_second_backward_pass_computes_again_what_the_first_has_used():
+    torch.manual_seed(0)
+    block, x = Feedforward(), torch.randn(16, 64, requires_grad=True)
+    kept = operator_sets(lambda: block(x), torch.device("cpu"))[0]
+    loss = Region(contexts=contexts(kept)).call(block, (x,), {}).square().sum()
+    first = torch.autograd.grad(loss, block.parameters(), retain_graph=True)
+    second = torch.autograd.grad(loss, block.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_kept_output_that_was_changed_in_place_later_is_computed_again():
+    torch.manual_seed(0)
+    layer, x = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 8)), torch.randn(4, 8, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), x)[0]
+    keep, reuse = contexts(frozenset({("aten.addmm.default", 0)}))
+    output = Region(contexts=(keep, reuse)).call(layer, (x,), {})
+    ((held, _),) = keep.stored.values()
+    held.zero_()
+    assert torch.equal(torch.autograd.grad(output.sum(), x)[0], expected)
