@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ import torch
 
 from ..core import InputError
 from ._rng import loader_state, rng_state, set_loader_state, set_rng_state
+
+#: A worker whose connection broke is told dead within this time.
+_DEATH_TOLD_S = 1.0
 
 
 def epoch_start(loader: Any, device: torch.device) -> dict[str, Any]:
@@ -109,7 +113,9 @@ def _set_epoch(loader: Any, epoch: int) -> None:
 
 def _failing_clearly(loader: Any, epoch: int, number: int = 0) -> Iterator[Any]:
     try:
-        for batch in loader:
+        # Under a name, so that it is cleared away after its failure was looked at.
+        iterator = iter(loader)
+        for batch in iterator:
             number += 1
             yield batch
     except GeneratorExit:
@@ -164,9 +170,15 @@ def _ended_from_outside(e: Exception, text: str) -> bool:
     """Whether the error is that a worker process is gone, as this process sees it."""
     if re.search(r"exited unexpectedly|killed by signal|bus error|shared memory", text, re.IGNORECASE):
         return True
-    # The connection may break before torch sees that the worker is gone.
     frames = traceback.extract_tb(e.__traceback__)
-    return isinstance(e, ConnectionError | EOFError) and any(f"{os.sep}multiprocessing{os.sep}" in f[0] for f in frames)
+    broken = isinstance(e, ConnectionError | EOFError) and any(
+        f"{os.sep}multiprocessing{os.sep}" in f[0] for f in frames
+    )
+    if broken:
+        # The connection breaks before the system tells of the death, upon which torch raises wherever the process is
+        # by then: better here.
+        time.sleep(_DEATH_TOLD_S)
+    return broken
 
 
 def _advice(e: Exception, text: str) -> str:
