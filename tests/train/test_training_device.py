@@ -406,6 +406,7 @@ def test_blocks_of_several_shapes_are_compiled_for_each() -> None:
     assert len(dynamic) > 3
     assert not any(dynamic)
     dynamic.clear()
+    torch._dynamo.reset()  # what other tests have taught it about lengths
     alike = nn.Sequential(_Block(), _Block())
     with compiled(list(alike), backend=backend):
         for length in (3, 5, 7):
