@@ -410,7 +410,7 @@ def test_blocks_of_several_shapes_are_compiled_for_each() -> None:
     alike = nn.Sequential(_Block(), _Block())
     with compiled(list(alike), backend=backend):
         for length in (3, 5, 7):
-            alike(torch.randn(length, 4))
+            alike(torch.randn(length, 4, requires_grad=True))
     assert dynamic == [False, True], "batches of several lengths share what was compiled for any"
 
 
