@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import tempfile
@@ -101,16 +102,21 @@ def refuse_later(folder: Path, step: int, known: set[str]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` if need be, and write a file in it that is deleted again.
+    """Make `folder` if need be, and write a file in it; both are deleted again, as the run may fail before it saves.
 
     Raises:
         CheckpointError: the file system refuses.
     """
     try:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
             probe.write(b"0")
             probe.flush()
+        for place in made:
+            # Another run may have begun to save there.
+            with contextlib.suppress(OSError):
+                place.rmdir()
     except OSError as e:
         raise CheckpointError(
             f"save_dir={str(folder)!r} cannot be written in: {e.strerror or e}. Give another save_dir, free space, or "
